@@ -1,0 +1,257 @@
+"""Who holds what: the masks of Subnetwork Data Parallelism (arXiv 2507.09029), and a picture of them.
+
+A *unit* is the smallest thing that a mask switches: a residual block, an attention head, a group of hidden
+neurons. A mask is a boolean array [workers, units]; each unit has exactly `holders` holders among the workers,
+and the workers hold equally much. Nothing here knows about torch or about processes.
+
+    python masks.py --workers 8 --count 12 --coverage 0.375
+
+Needs only numpy. Read next: model.py, whose layers can be built from any subset of their units.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+MODES = ("none", "backward", "forward")  # what --mask can be
+
+
+class Unit(NamedTuple):
+    """What a mask switches as one. The units of one layer are interchangeable: equal shapes, equal costs."""
+
+    layer: str  # the module whose parameters are cut into units, such as "blocks.3" or "blocks.3.mlp"
+    kind: str  # units of one kind are dealt out evenly among the workers
+    cost: int  # parameters
+
+
+def holders_per_unit(coverage, workers):
+    """p = floor(C N + 1/2), the number of workers that hold each unit, for a coverage C in (0, 1].
+
+    Not round(): Python rounds halves to even, so round(0.5) is 0. Raises ValueError where p would be 0.
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"--coverage {coverage:g}: must be above 0 and at most 1, such as 0.5")
+    holders = math.floor(coverage * workers + 0.5)
+    if holders == 0:
+        smallest = math.ceil(500_000 / workers) / 1_000_000  # 1/(2N), rounded up so that it works as printed
+        raise ValueError(
+            f"--coverage {coverage:g}: with {workers} workers no worker would hold a unit; "
+            f"the smallest that works is {smallest:g}"
+        )
+    return holders
+
+
+def assign(units, workers, holders, seed=0):
+    """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
+
+    Every column sums to `holders`. Within a kind whose units cost the same, the number of units that a worker
+    holds differs by at most one. The worker graph is connected wherever holders >= 2 and there are units enough
+    to connect it: len(units) * (holders - 1) >= workers - 1. Among a few random deals the one with the
+    largest spectral gap is taken. Raises ValueError where some worker would hold no unit of a kind.
+    """
+    for kind, count in Counter(unit.kind for unit in units).items():
+        if count * holders < workers:
+            enough = math.ceil((math.ceil(workers / count) - 0.5) / workers * 1e6) / 1e6
+            raise ValueError(
+                f"--coverage: {count} units ({kind}) with {holders} of {workers} workers holding each leave "
+                f"a worker without any; a coverage of at least {enough:g} works, or fewer --workers"
+            )
+    rng = np.random.default_rng([seed, workers, holders])
+    if holders == workers:
+        return np.ones((workers, len(units)), dtype=bool)
+    tries = int(np.clip(200_000 // (workers * len(units)), 1, 50))  # one is enough where there are many units
+    mask = max((deal(units, workers, holders, rng) for _ in range(tries)), key=spectral_gap)
+    if holders > 1 and len(units) * (holders - 1) >= workers - 1:
+        connect(mask, units, rng)
+    return mask
+
+
+def deal(units, workers, holders, rng):
+    """One random deal, bool [workers, units]: units in random order, the costly first, each to the `holders`
+    workers that have the least of its kind, then the least of everything; the rest is chance."""
+    mask = np.zeros((workers, len(units)), dtype=bool)
+    load = np.zeros(workers)
+    load_of_kind = {unit.kind: np.zeros(workers) for unit in units}
+    for u in sorted(rng.permutation(len(units)), key=lambda u: -units[u].cost):
+        of_kind = load_of_kind[units[u].kind]
+        chosen = np.lexsort((rng.random(workers), load, of_kind))[
+            :holders
+        ]  # the last key is the first criterion
+        mask[chosen, u] = True
+        load[chosen] += units[u].cost
+        of_kind[chosen] += units[u].cost
+    return mask
+
+
+def connect(mask, units, rng):
+    """Join the pieces of the worker graph, in place, leaving every row's and column's sum as it is.
+
+    Two workers of different pieces swap a unit of the same kind. That joins their pieces when one of the two
+    holdings lay on a cycle of its piece, and never makes more pieces than we accept.
+    """
+    pieces = components(mask)
+    while pieces.any():
+        i, j = rng.choice(len(mask), 2, replace=False)
+        if pieces[i] == pieces[j]:
+            continue
+        u = rng.choice(np.flatnonzero(mask[i]))
+        same_kind = [v for v in np.flatnonzero(mask[j]) if units[v].kind == units[u].kind]
+        v = rng.choice(same_kind)
+        mask[[i, j], [u, v]], mask[[i, j], [v, u]] = False, True
+        swapped = components(mask)
+        if len(np.unique(swapped)) <= len(np.unique(pieces)):
+            pieces = swapped
+        else:
+            mask[[i, j], [u, v]], mask[[i, j], [v, u]] = True, False
+
+
+def components(mask):
+    """int [workers]: the smallest number of a worker that can be reached over shared units."""
+    reach = np.arange(len(mask))
+    while True:
+        by_unit = np.where(mask, reach[:, None], len(mask)).min(axis=0)  # [units]
+        further = np.where(mask, by_unit, len(mask)).min(axis=1)  # [workers]
+        if (further == reach).all():
+            return reach
+        reach = further
+
+
+def spectral_gap(mask):
+    """How well the workers are mixed: 1 - |second largest eigenvalue| of the worker graph's random walk.
+
+    From a worker choose a unit that it holds uniformly, then a holder of that unit uniformly. The [N, N]
+    transition matrix T = D_w^-1 M D_u^-1 M^T is similar to the symmetric A A^T with A = D_w^-1/2 M D_u^-1/2,
+    so its eigenvalues are real and in [0, 1]. Full masks give 1, workers in groups that share no unit give 0.
+    """
+    if len(mask) == 1:
+        return 1.0
+    of_worker, of_unit = mask.sum(axis=1), mask.sum(axis=0)
+    if not (of_worker.all() and of_unit.all()):
+        raise ValueError(
+            "the spectral gap needs masks in which every worker holds a unit and every unit is held"
+        )
+    a = mask / np.sqrt(of_worker[:, None] * of_unit)  # [workers, units]
+    eigenvalues = np.linalg.eigvalsh(a @ a.T)  # ascending
+    return round(float(1 - eigenvalues[-2]), 9) + 0.0  # rounding noise aside, and no -0.0
+
+
+def roles(mode, mask):
+    """The one table behind all schemes: (trains, reads), each bool [workers, units].
+
+    `reads`: the worker needs the unit in its forward pass; `trains`: it computes the unit's gradient.
+    """
+    everything = np.ones_like(mask)
+    return {
+        "none": (everything, everything),  # plain data parallelism
+        "backward": (mask, everything),  # whole forward pass, gradients for what is held
+        "forward": (mask, mask),  # what is not held does not exist here
+    }[mode]
+
+
+def count(units, row):
+    """{layer: how many of its units are set in `row`}, for a bool [units] row of a mask."""
+    held = dict.fromkeys((unit.layer for unit in units), 0)
+    for unit, is_held in zip(units, row):
+        held[unit.layer] += int(is_held)
+    return held
+
+
+def picture(mask, units, columns=120):
+    """The mask as text: workers across, layers down, a full square for each unit of the layer that is held.
+
+    Where the squares do not fit into so many columns, the number of units held stands in their place.
+    """
+    layer_of = np.array([unit.layer for unit in units])
+    held = {
+        layer: mask[:, layer_of == layer] for layer in dict.fromkeys(layer_of)
+    }  # each [workers, its units]
+    sums = {"units": mask.sum(axis=1), "parameters": mask @ np.array([unit.cost for unit in units])}
+    squares = {
+        layer: ["".join("█" if h else "·" for h in row) for row in rows] for layer, rows in held.items()
+    }
+    numbers = {layer: rows.sum(axis=1) for layer, rows in held.items()}
+    margin = max(map(len, (*held, *sums))) + 2
+    for body in (squares, numbers):
+        table = {"worker": range(len(mask)), **body, **sums}
+        cell = max(len(f"{c}") for cells in table.values() for c in cells) + 1
+        if margin + cell * len(mask) <= columns:
+            break
+    fit = min(len(mask), (columns - margin) // cell)
+    lines = [
+        f"{title:{margin}}" + "".join(f"{c!s:{cell}}" for c in cells[:fit]) for title, cells in table.items()
+    ]
+    return "\n".join(map(str.rstrip, lines)) + (
+        f"\n... and {len(mask) - fit} more workers" * (fit < len(mask))
+    )
+
+
+def describe(mask, units, asked):
+    """The picture, then the coverage that was asked and given, how even the load is, and the spectral gap."""
+    workers, holders = len(mask), int(mask[:, 0].sum())
+    cost = mask @ np.array([unit.cost for unit in units])
+    pieces = len(np.unique(components(mask)))
+    together = "all workers are connected" if pieces == 1 else f"{pieces} groups of workers share no unit"
+    return (
+        f"{picture(mask, units)}\n"
+        f"coverage: asked {asked:g}, given {holders / workers:g} ({holders} of {workers} workers hold each unit)\n"
+        f"load: the fullest worker holds {cost.max() / cost.mean():.3f} times the mean\n"
+        f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with bad input answered by one line on stderr and exit code 2.
+
+    Under torchrun rank 0 speaks and exits. The others wait for torchrun to end them: if one of them left first,
+    torchrun would end rank 0 before it has spoken.
+    """
+
+    def error(self, message):
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(60)
+        else:
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number of that kind that is not below `least`."""
+
+    def parse(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf:  # also where it is nan
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a {whole}number of at least {least}")
+        return number
+
+    return parse
+
+
+def main():
+    parser = Parser(description="Show who holds what, without training.", allow_abbrev=False)
+    parser.add_argument("--workers", type=at_least(1), default=8, help="workers, N")
+    parser.add_argument("--count", type=at_least(1), default=12, help="units of equal cost")
+    parser.add_argument(
+        "--coverage", type=float, default=0.375, help="share of the workers that hold a unit, C"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the deal")
+    args = parser.parse_args()
+    units = [Unit(f"unit {u}", "unit", 1) for u in range(args.count)]
+    try:
+        mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print(describe(mask, units, args.coverage))
+
+
+if __name__ == "__main__":
+    main()
