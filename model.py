@@ -126,7 +126,8 @@ class Head(nn.Module):
         logits = F.linear(self.norm(x), self.weight)  # (B, T, vocabulary)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss is never in bfloat16
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class GPT(nn.Module):

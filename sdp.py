@@ -59,29 +59,24 @@ class Bucket:
         self.unit, self.edges = np.array(chunk_units), np.cumsum([0, *sizes])
         rank, processes, size = dist.get_rank(), dist.get_world_size(), int(self.edges[-1])
         self.cuts = np.minimum(np.arange(processes + 1) * -(-size // processes), size)  # [processes + 1]
-        start, stop = (int(cut) for cut in self.cuts[rank : rank + 2])
+        start, stop = self.cuts[rank : rank + 2].tolist()
+        # the chunks that reach into the slice, and their edges counted from its start
         first, last = np.searchsorted(self.edges, start, side="right") - 1, np.searchsorted(self.edges, stop)
-        self.inside = slice(
-            first, max(first, last)
-        )  # the chunks that reach into the slice, and their edges in it:
-        self.inner = np.clip(self.edges[first : self.inside.stop + 1], start, stop) - start
+        self.inside = slice(first, last)
+        self.inner = np.clip(self.edges[first : last + 1], start, stop) - start
 
         self.master = torch.empty(stop - start, dtype=dtype, device=device)
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
-        self.trainers = torch.from_numpy(self.has(trains).sum(axis=0)[self.inside]).to(
-            device
-        )  # of each chunk
+        self.trainers = torch.from_numpy(self.has(trains).sum(axis=0)[self.inside]).to(device)
         self.lengths = torch.from_numpy(np.diff(self.inner)).to(device)
-        self.pieces = {}  # {name: what is owned of the parameter}, which the optimizer updates
-        for (name, parameter), end in zip(
-            parameters.items(), accumulate(p.numel() for p in parameters.values())
-        ):
-            begin = end - parameter.numel()
-            a, b = max(begin, start), min(end, stop)
+        self.pieces, begin = {}, 0  # {name: what is owned of the parameter}, for the optimizer
+        for name, parameter in parameters.items():
+            a, b = max(begin, start), min(begin + parameter.numel(), stop)
             if a < b:
                 self.master[a - start : b - start] = initial_value(name).flatten()[a - begin : b - begin]
                 self.pieces[name] = torch.nn.Parameter(self.master[a - start : b - start])
                 self.pieces[name].grad = self.mean[a - start : b - start]
+            begin += parameter.numel()
 
     def has(self, mask, shared=True):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
@@ -99,9 +94,9 @@ class Part:
         """has: bool [processes, chunks], what the worker of each process has; names: this worker's parameters, in
         `module`, which are on the meta device and become real; traffic: a Counter of the bytes sent."""
         self.bucket, self.trained, self.traffic, self.rank = bucket, trained, traffic, dist.get_rank()
-        before = np.concatenate(
-            [[0], np.cumsum(has[self.rank] * np.diff(bucket.edges))]
-        )  # had before each edge
+        before = np.append(
+            0, np.cumsum(has[self.rank] * np.diff(bucket.edges))
+        )  # what it has before each edge
         self.by_owner = np.diff(np.interp(bucket.cuts, bucket.edges, before)).astype(int).tolist()
         inside = has[:, bucket.inside].astype(np.int8)  # [processes, chunks in the slice]
         self.by_worker = (inside @ np.diff(bucket.inner)).tolist()
@@ -150,8 +145,7 @@ class Part:
             on_cpu = torch.empty(received.shape, dtype=received.dtype)
             dist.all_to_all_single(on_cpu, send.cpu(), received_splits, send_splits)
             return lambda: received.copy_(on_cpu)
-        work = dist.all_to_all_single(received, send, received_splits, send_splits, async_op=True)
-        return lambda keep_alive=send: work.wait()
+        return dist.all_to_all_single(received, send, received_splits, send_splits, async_op=True).wait
 
 
 class Worker:
@@ -228,9 +222,10 @@ class SDP:
     dtype: of weights, gradients, and what is sent. Owners keep at least float32.
     """
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype=torch.float32, device="cpu"):
+    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype=torch.float32, device=None):
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        self.build, self.units, self.dtype, self.device = build, units, dtype, device
+        self.build, self.units, self.dtype = build, units, dtype
+        self.device = device or torch.device("cpu")
         self.traffic = (
             Counter()
         )  # bytes sent to other processes, for "pull" and "push"; the caller may clear it
@@ -245,7 +240,9 @@ class SDP:
             columns[unit.layer].append(column)
         master = torch.promote_types(dtype, torch.float32)
         self.buckets = {
-            name: Bucket(of_layer, columns, trains, lambda name: initial_value(whole, name), master, device)
+            name: Bucket(
+                of_layer, columns, trains, lambda name: initial_value(whole, name), master, self.device
+            )
             for name, of_layer in layers.items()
         }
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
@@ -256,15 +253,15 @@ class SDP:
         rounds = [
             slice(i, i + self.processes) for i in range(0, len(mask), self.processes)
         ]  # who play together
-        self.workers = {r.start + self.rank: self._worker(trains[r], reads[r]) for r in rounds}
+        self.workers = {r.start + self.rank: self._worker(trains[r], reads[r], self.traffic) for r in rounds}
 
     def _module(self, trains, reads):
         with torch.device("meta"):
             return self.build(count(self.units, trains), count(self.units, reads & ~trains))
 
-    def _worker(self, trains, reads):
+    def _worker(self, trains, reads, traffic):
         model = self._module(trains[self.rank], reads[self.rank])
-        return Worker(model, self.buckets, trains, reads, self.traffic, self.dtype, self.device)
+        return Worker(model, self.buckets, trains, reads, traffic, self.dtype, self.device)
 
     @contextmanager
     def turn(self, worker):
@@ -278,7 +275,7 @@ class SDP:
     def whole(self):
         """`with engine.whole() as model:` gives every process the whole model for a while, to evaluate it."""
         everything = np.ones((self.processes, len(self.units)), bool)
-        reader = self._worker(everything, everything)
+        reader = self._worker(everything, everything, traffic=Counter())
         reader.begin()
         reader.fetch(len(reader.parts))
         yield reader.model.eval().requires_grad_(False)

@@ -14,8 +14,9 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -76,8 +77,13 @@ def check(args, processes, parser):
     """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
     (the whole model on the meta device, text, units, mask)."""
     fail = parser.error
-    one_for_all = args.mask == "none" or processes > 1
-    args.workers = args.workers or (processes if one_for_all else 4)
+    if processes == 1 and args.mask != "none":
+        if args.workers is None:
+            args.workers = 4
+            print("one process and no --workers: it plays 4 workers, one after another")
+        elif args.workers == 1:
+            print("--workers 1: one worker holds everything, whatever the mask")
+    args.workers = args.workers or processes
     if args.workers % processes:
         fail(f"--workers {args.workers}: must be a multiple of the {processes} processes")
     if args.batch_size % args.workers:
@@ -221,43 +227,44 @@ def dense_worker(whole, rows, processes, dtype, device):
     }
 
 
-def memory(engine, worker):
-    """Bytes that a worker takes on its process, of the live tensors; activations aside.
+def worker_costs(engine, worker, steps):
+    """What a worker took, from its live tensors and the real collectives, in the keys of summary.json.
 
     Gradients: the worker's own, at their most, and the owned slices of the mean. Optimizer: the owned slices of
-    the master copy, and what the optimizer keeps for each of their elements.
+    the master copy, and what the optimizer keeps for each of their elements. A process's traffic is divided
+    evenly among the workers that it played.
     """
     parts, buckets = engine.workers[worker].parts, engine.buckets.values()
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim() > 0]
+    turns = steps * len(engine.workers)
     return {
+        "worker": worker,
         "held_params": sum(part.values.numel() for part in parts if part.trained),
         "weight_bytes": sum(part.values.nbytes for part in parts),
         "grad_bytes": engine.workers[worker].grad_bytes + sum(bucket.mean.nbytes for bucket in buckets),
         "optimizer_bytes": sum(t.nbytes for t in (*moments, *(bucket.master for bucket in buckets))),
+        "peak_bytes": torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None,
+        "push_bytes": round(engine.traffic["push"] / turns),
+        "pull_bytes": round(engine.traffic["pull"] / turns),
     }
 
 
 def table(per_worker, dense):
     """What was measured, as text: the mean over the workers and the largest, beside a dense worker."""
-
-    def show(number, unit):
-        return f"{number / 1e9:.3f} GFLOP" if unit == "FLOP" else f"{number / 1e6:.3f} MB"
-
     lines = [f"{'per worker':<28}{'mean':>14}{'largest':>14}{'dense DDP':>14}{'mean / dense':>14}"]
-    for key, title, unit in (
-        ("weight_bytes", "weights", "B"),
-        ("grad_bytes", "gradients", "B"),
-        ("optimizer_bytes", "master + optimizer state", "B"),
-        ("activation_bytes", "activations for backward", "B"),
-        ("push_bytes", "pushed per step", "B"),
-        ("pull_bytes", "pulled per step", "B"),
-        ("flops", "FLOPs per step", "FLOP"),
+    for key, title in (
+        ("weight_bytes", "weights, MB"),
+        ("grad_bytes", "gradients, MB"),
+        ("optimizer_bytes", "master + optimizer, MB"),
+        ("activation_bytes", "activations saved, MB"),
+        ("push_bytes", "pushed per step, MB"),
+        ("pull_bytes", "pulled per step, MB"),
+        ("flops", "GFLOP per step"),
     ):
-        values = [worker[key] for worker in per_worker]
-        mean = sum(values) / len(values)
-        ratio = f"{mean / dense[key]:.3f}" if dense[key] else "-"
-        cells = [show(number, unit) for number in (mean, max(values), dense[key])]
-        lines.append(f"{title:<28}" + "".join(f"{cell:>14}" for cell in (*cells, ratio)))
+        values, unit = [worker[key] for worker in per_worker], 1e9 if key == "flops" else 1e6
+        numbers = [number / unit for number in (mean(values), max(values), dense[key])]
+        ratio = f"{numbers[0] / numbers[2]:.3f}" if dense[key] else "-"
+        lines.append(f"{title:<28}" + "".join(f"{number:>14.3f}" for number in numbers) + f"{ratio:>14}")
     return "\n".join(lines)
 
 
@@ -287,16 +294,15 @@ def evaluate(engine, text, args, device):
 
 
 def train(engine, text, args, device, log):
-    """The loop. Writes each step to `log`, a file or None, and returns (costs, median step time in ms, final
-    validation loss); costs: {worker: what `measured` found in its first step, and its traffic}."""
+    """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the first
+    step}, median step time in ms, final validation loss)."""
     rows = args.batch_size // args.workers
     costs, milliseconds, val_loss = {}, [], None
     bar = tqdm(range(1, args.steps + 1), disable=engine.rank != 0, unit="step", mininterval=0.5)
     for step in bar:
         began = time.perf_counter()
         tokens, targets = text.batch(args.seed, step, args.batch_size, args.context)
-        loss_sum = torch.zeros((), device=device)
-        engine.traffic.clear()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for worker in engine.workers:
             x, y = (t[worker * rows : (worker + 1) * rows].clone().to(device) for t in (tokens, targets))
             meter = measured(engine.workers[worker].model.parameters()) if step == 1 else nullcontext(None)
@@ -315,9 +321,6 @@ def train(engine, text, args, device, log):
         entry |= {"step_ms": 1e3 * seconds, "tokens": step * tokens.numel()}
         milliseconds.append(entry["step_ms"])
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-        for worker in costs:  # a process sends for all its workers; each is given an equal part
-            each = {f"{kind}_bytes": n / len(costs) for kind, n in engine.traffic.items()}
-            costs[worker] = costs[worker] | each
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             entry["val_loss"] = val_loss = evaluate(engine, text, args, device)
             if engine.rank == 0:
@@ -351,14 +354,14 @@ def main(argv=None):
         device=device,
     )
     params = sum(p.numel() for p in whole.parameters())
-    shared = params if args.mask == "none" else params - sum(unit.cost for unit in units)
+    shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
     if engine.rank == 0:
         if args.mask == "none":
             print(f"--mask none: each of the {args.workers} workers holds everything")
         else:
             print(describe(mask, units, args.coverage))
         print(
-            f"{params:,} parameters, {shared:,} of them shared by all workers\n"
+            f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
             f"{args.workers} workers on {processes} {'processes' if processes > 1 else 'process'} "
             f"({dist.get_backend()}, {device.type}), a step is {args.batch_size} sequences of {args.context} tokens\n"
             "loss: mean over the workers, each on its own subnetwork and sequences; val_loss: of the whole model",
@@ -373,19 +376,12 @@ def main(argv=None):
     with (out / "log.jsonl").open("w") if out else nullcontext() as log:
         costs, step_ms, val_loss = train(engine, text, args, device, log)
 
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    own = [
-        {"worker": worker, "peak_bytes": peak}
-        | memory(engine, worker)
-        | {"push_bytes": 0, "pull_bytes": 0}
-        | costs[worker]
-        for worker in engine.workers
-    ]
+    own = [worker_costs(engine, worker, args.steps) | costs[worker] for worker in engine.workers]
     of_all = [None] * processes
     dist.all_gather_object(of_all, own)
     dist.destroy_process_group()
     if engine.rank == 0:
-        per_worker = sorted(sum(of_all, []), key=lambda worker: worker["worker"])
+        per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
         dense = dense_worker(whole, args.batch_size // args.workers, processes, dtype, device)
         print(table(per_worker, dense))
         summary = {

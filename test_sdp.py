@@ -1,0 +1,753 @@
+"""The claims, each checked against something that knows nothing of the engine: torch's DistributedDataParallel,
+autograd on the dense model, arithmetic on the masks. Real gloo processes, no mocks; float64 where equality is meant.
+
+    pytest                 # all, a few minutes on two cores
+    pytest -k masks        # what needs no processes
+
+Reads like the project: masks, model, engine, the command line.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+import masks
+import train
+from data import Text, python_text
+from masks import Unit, assign, holders_per_unit, spectral_gap
+from model import GPT, GROUPS, GPTConfig, initial_value, units_of
+from sdp import SDP, bucket_of
+
+HERE = Path(__file__).parent
+SMALL = GPTConfig(vocabulary=50, layers=4, width=16, heads=4, hidden=32, context=8)
+SCHEMES = [(mode, kind) for mode in ("backward", "forward") for kind in ("block", "neuron")]
+
+
+# ---- real processes: four that stay, each test makes its own group of some of them
+
+
+@pytest.fixture(scope="session")
+def in_processes(tmp_path_factory):
+    """in_processes(n, function, *args): the function's results on ranks 0 to n - 1 of a gloo group."""
+    pool = ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn"))
+
+    def run(n, function, *args):
+        meeting = tmp_path_factory.mktemp("group") / "store"
+        futures = [pool.submit(member, meeting, rank, n, function, args) for rank in range(n)]
+        return [future.result() for future in futures]
+
+    yield run
+    pool.shutdown()
+
+
+def member(meeting, rank, n, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=n, timeout=timedelta(seconds=60)
+    )
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- helpers, from first principles
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def dense_model(config=SMALL, dtype=torch.float64):
+    model = GPT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(model, name, seed=0))
+    return model.to(dtype)
+
+
+def make_mask(kind, workers, coverage=0.5, config=SMALL):
+    with torch.device("meta"):
+        units = units_of(GPT(config), kind)
+    return units, assign(units, workers, holders_per_unit(coverage, workers))
+
+
+def make_engine(mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64):
+    units, mask = make_mask(kind, workers, coverage, config)
+    return SDP(
+        build=lambda trained, frozen: GPT(config, trained, frozen),
+        initial_value=lambda model, name: initial_value(model, name, seed=0),
+        optimizer=adamw,
+        units=units,
+        mask=mask,
+        mode=mode,
+        dtype=dtype,
+    )
+
+
+def batch(step, worker=None, rows=2, config=SMALL):
+    """The batch of a step as (tokens, targets): one worker's rows of it, or all four workers' rows."""
+    numbers = np.random.default_rng([7, step]).integers(0, config.vocabulary, (4 * rows, config.context + 1))
+    mine = slice(None) if worker is None else slice(worker * rows, (worker + 1) * rows)
+    tokens = torch.from_numpy(numbers)[mine]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def whole_values(engine):
+    with engine.whole() as model:
+        return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def owned(engine, of_bucket):
+    """{name: the whole parameter's values, or gradients}, put together from the slices of all owners."""
+    found = {}
+    for bucket_name, bucket in engine.buckets.items():
+        slices = [None] * engine.processes
+        dist.all_gather_object(slices, of_bucket(bucket))
+        flat = torch.cat(slices)
+        for name, parameter in dense_model().named_parameters():
+            if bucket_of(name) == bucket_name:
+                found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
+        assert not len(flat)
+    return found
+
+
+def columns_of(name, units):
+    """The mask columns of a parameter's units, or none if it is shared."""
+    return [u for u, unit in enumerate(units) if name.startswith(unit.layer + ".")]
+
+
+def rows_of(name, parameter, units, row):
+    """bool, like the parameter's first dimension: what belongs to the units in `row` of a mask; shared: all."""
+    columns = columns_of(name, units)
+    if not columns:
+        return torch.ones(len(parameter), dtype=torch.bool)
+    return torch.from_numpy(row[columns]).repeat_interleave(len(parameter) // len(columns))
+
+
+def mean_over_trainers(gradients, units, mask):
+    """gradients: a dense {name: gradient} of each worker. The design's g_u, written down as it stands there."""
+    mean = {}
+    for name, like in gradients[0].items():
+        total, trainers = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
+        for gradient, row in zip(gradients, mask):
+            rows = rows_of(name, like, units, row)
+            total[rows] += gradient[name][rows]
+            trainers += rows
+        mean[name] = total / trainers.view(-1, *[1] * (like.dim() - 1))
+    return mean
+
+
+def subnetwork_gradients(model, x, y, units, row, kind):
+    """Loss and gradients of the dense model in which the units that are missing from `row` contribute zero, and
+    the others, at neuron level, are scaled up by all units / present units."""
+    parameters = dict(model.named_parameters())
+    changed = {}
+    for name, parameter in parameters.items():
+        if name.endswith((".o", ".down")):
+            columns = columns_of(name, units)
+            scale = len(columns) / row[columns].sum() if kind == "neuron" else 1.0
+            changed[name] = parameter * (rows_of(name, parameter, units, row) * scale)[:, None]
+    loss = functional_call(model, parameters | changed, (x, y))
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return loss, dict(zip(parameters, gradients))
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize(
+    "workers, coverage, holders", [(1, 0.5, 1), (5, 0.5, 3), (8, 0.4, 3), (8, 0.0625, 1)]
+)
+def test_masks_number_of_holders(workers, coverage, holders):
+    assert holders_per_unit(coverage, workers) == holders
+
+
+@pytest.mark.parametrize("coverage", [0, -0.5, 1.1, float("nan"), 0.06])
+def test_masks_refuse_coverage(coverage):
+    with pytest.raises(ValueError, match="--coverage"):
+        holders_per_unit(coverage, 8)
+
+
+def test_masks_smallest_coverage_works_as_printed():
+    for workers in range(1, 200):
+        with pytest.raises(ValueError, match="smallest") as caught:
+            holders_per_unit(1e-6, workers)
+        assert holders_per_unit(float(str(caught.value).split()[-1]), workers) == 1
+
+
+def test_masks_cover_balance_and_connect():
+    """300 random cases: every column sums to p; loads of equal units differ by at most one, within each kind;
+    the worker graph is connected wherever p >= 2 and edges can suffice; the same seed gives the same mask."""
+    rng = np.random.default_rng(0)
+    connected = 0
+    for _ in range(300):
+        workers, kinds = int(rng.integers(1, 17)), int(rng.integers(1, 4))
+        units = [
+            Unit(f"layer{k}", f"layer{k}", 3 + k) for k in range(kinds) for _ in range(rng.integers(1, 20))
+        ]
+        smallest = min(sum(u.kind == unit.kind for u in units) for unit in units)
+        holders = int(rng.integers(-(-workers // smallest), workers + 1))
+        seed = int(rng.integers(1000))
+        mask = assign(units, workers, holders, seed)
+        assert mask.shape == (workers, len(units)) and mask.dtype == bool
+        assert (mask.sum(axis=0) == holders).all()
+        for kind in {unit.kind for unit in units}:
+            load = mask[:, [unit.kind == kind for unit in units]].sum(axis=1)
+            assert load.min() >= 1 and load.max() - load.min() <= 1
+        if holders >= 2 and len(units) * (holders - 1) >= workers - 1:
+            assert spectral_gap(mask) > 0, (workers, units, holders, seed)
+            connected += 1
+        assert (assign(units, workers, holders, seed) == mask).all()
+    assert connected > 200
+
+
+def test_masks_connect_when_only_a_path_can():
+    units = [Unit(str(u), "unit", 1) for u in range(15)]
+    mask = assign(units, workers=16, holders=2)  # 15 units of 2 holders: a tree, and balanced means a path
+    assert spectral_gap(mask) > 0
+    assert sorted(mask.sum(axis=1)) == [1, 1] + [2] * 14
+
+
+def test_masks_spectral_gap():
+    assert spectral_gap(np.ones((5, 7), bool)) == 1
+    cliques = np.zeros((4, 6), bool)
+    cliques[:2, :3] = cliques[2:, 3:] = True
+    assert spectral_gap(cliques) == 0
+    mask = make_mask("neuron", 6)[1]
+    walk = (mask / mask.sum(axis=1, keepdims=True)) @ (mask / mask.sum(axis=0)).T  # worker -> unit -> worker
+    second = np.sort(np.abs(np.linalg.eigvals(walk)))[-2]
+    assert spectral_gap(mask) == pytest.approx(1 - second, abs=1e-8)
+
+
+def test_masks_command_shows_a_picture():
+    command = [sys.executable, "masks.py", "--workers", "8", "--count", "12", "--coverage", "0.4"]
+    shown = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    rows = [line for line in shown.splitlines() if line.startswith("unit ")]
+    assert len(rows) == 12 and all(row.count("█") == 3 and row.count("·") == 5 for row in rows)
+    assert "asked 0.4, given 0.375 (3 of 8" in shown and "spectral gap: 0." in shown
+
+
+def test_masks_picture_fits_its_columns():
+    for workers, kind in product((1, 4, 8, 64, 500), ("block", "neuron")):
+        units, mask = make_mask(kind, workers, coverage=0.7, config=GPTConfig())
+        assert max(map(len, masks.picture(mask, units).splitlines())) <= 120
+
+
+# ---- model and data
+
+
+def test_model_parts_add_up():
+    """Trained units beside frozen ones, and absent units: both against the dense layer's rows."""
+    torch.manual_seed(0)
+    dense = dense_model().blocks["1"].mlp
+    with torch.no_grad():
+        split = type(dense)(SMALL, GROUPS, 5, GROUPS - 5).double()
+        few = type(dense)(SMALL, GROUPS, 5).double()
+        rows = 5 * SMALL.hidden // GROUPS
+        for name in ("gate", "up", "down"):
+            getattr(split, name).copy_(getattr(dense, name)[:rows])
+            getattr(split.frozen, name).copy_(getattr(dense, name)[rows:])
+            getattr(few, name).copy_(getattr(dense, name)[:rows])
+    x = torch.randn(2, 3, SMALL.width, dtype=torch.float64)
+    torch.testing.assert_close(split(x), dense(x))
+    torch.testing.assert_close(few(x), few.compute(x) * GROUPS / 5)
+    assert [name for name, p in split.named_parameters() if p.requires_grad] == ["gate", "up", "down"]
+
+
+def test_model_attention_is_causal_and_sees_positions():
+    model = dense_model()
+    x, _ = batch(0)
+    changed = x.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % SMALL.vocabulary
+    assert torch.equal(model(x)[:, :-1], model(changed)[:, :-1])
+    same = torch.full((1, 4), 3)
+    same[0, 0] = 5
+    swapped = same[:, [1, 0, 2, 3]]
+    assert not torch.allclose(model(same)[0, -1], model(swapped)[0, -1])
+
+
+def test_data_batches_depend_on_seed_and_step_alone():
+    text = python_text()
+    assert 5e6 < len(text.train) and 2e5 < len(text.held_out) < 0.2 * len(text.train)
+    x, y = text.batch(seed=1, step=2, size=8, context=16)
+    assert x.shape == y.shape == (8, 16) and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, python_text().batch(1, 2, 8, 16)[0])
+    assert not torch.equal(x, text.batch(1, 3, 8, 16)[0]) and not torch.equal(x, text.batch(2, 2, 8, 16)[0])
+    last = Text(np.arange(17, dtype=np.uint8), np.arange(17, dtype=np.uint8), 256)
+    assert torch.equal(last.batch(0, 1, 3, 16)[1][:, -1], torch.full((3,), 16))
+    assert torch.equal(last.validation(3, 16)[0][:, 0], torch.zeros(3, dtype=torch.int64))
+
+
+def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
+    for here in (tmp_path / "a", tmp_path / "b"):
+        for number in range(100):
+            (here / f"pack{number % 3}").mkdir(parents=True, exist_ok=True)
+            (here / f"pack{number % 3}" / f"{number}.py").write_text(f"print({number})")
+        (here / "tests").mkdir()
+        (here / "tests" / "left_out.py").write_text("never read")
+    a, b = python_text(tmp_path / "a"), python_text(tmp_path / "b")
+    assert a.fingerprint() == b.fingerprint() and len(a.held_out) > 0
+    assert b"never read" not in a.train.tobytes() + a.held_out.tobytes()
+
+
+# ---- the engine
+
+
+def none_and_ddp():
+    """20 steps of both on the same batches, gradient clipping active."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    engine = make_engine("none", "block", n)
+    ddp = DistributedDataParallel(dense_model(), gradient_as_bucket_view=True)
+    matrices = [p for p in ddp.parameters() if p.dim() > 1]
+    vectors = [p for p in ddp.parameters() if p.dim() == 1]
+    optimizer = adamw([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    rows, clipped = 8 // n, 0
+    for step in range(20):
+        x, y = (t[rank * rows : (rank + 1) * rows] for t in batch(step))
+        with engine.turn(rank) as model:
+            loss = model(x, y)
+            loss.backward()
+        norm, loss_sum = engine.step(lr=1e-2, clip=0.5, loss=loss.detach())
+        ddp_loss = ddp(x, y)
+        ddp_loss.backward()
+        ddp_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        clipped += ddp_norm > 0.5
+        assert abs(norm - ddp_norm.item()) < 1e-10
+        dist.all_reduce(ddp_loss.detach_())
+        assert abs(loss_sum - ddp_loss.item()) < 1e-10
+    assert clipped > 5
+    values = whole_values(engine)
+    assert_close(values, dict(ddp.module.named_parameters()), 1e-10)
+    moved = (values["head.weight"] - dense_model().head.weight).abs().max()
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_mask_none_equals_ddp(in_processes, n):
+    in_processes(n, none_and_ddp)
+
+
+def gradients_that_arrive(mode, kind, same_batch):
+    """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
+    engine, (units, mask) = make_engine(mode, kind, 4), make_mask(kind, 4)
+    dense, expected = dense_model(), []
+    for worker in range(4):
+        x, y = batch(0, worker=0 if same_batch else worker)
+        row = mask[worker] if mode == "forward" else np.ones(len(units), bool)
+        expected.append(subnetwork_gradients(dense, x, y, units, row, kind)[1])
+    for worker in engine.workers:
+        with engine.turn(worker) as model:
+            model(*batch(0, worker=0 if same_batch else worker)).backward()
+            assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        assert all(p.grad is None for p in model.parameters())  # freed once they were sent
+    engine.average()
+    found = owned(engine, lambda bucket: bucket.mean)
+    assert_close(found, mean_over_trainers(expected, units, mask), 1e-12)
+    if mode == "backward" and same_batch:
+        assert_close(found, expected[0], 1e-12)  # unbiased: the dense gradient itself
+
+
+@pytest.mark.parametrize("same_batch", [True, False])
+@pytest.mark.parametrize("mode, kind", SCHEMES)
+def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, same_batch):
+    in_processes(4, gradients_that_arrive, mode, kind, same_batch)
+    in_processes(2, gradients_that_arrive, mode, kind, same_batch)
+
+
+def forward_masked_worker(kind):
+    """A worker's own loss and gradients, and what it has allocated, against the dense model."""
+    engine, (units, mask) = make_engine("forward", kind, 4), make_mask(kind, 4)
+    (worker,) = engine.workers
+    row, dense = mask[worker], dense_model()
+    x, y = batch(3, worker)
+    expected_loss, expected = subnetwork_gradients(dense, x, y, units, row, kind)
+    held = {name: rows_of(name, gradient, units, row) for name, gradient in expected.items()}
+    with engine.turn(worker) as model:
+        loss = model(x, y)
+        local = dict(model.named_parameters())
+        found = dict(zip(local, torch.autograd.grad(loss, list(local.values()))))
+    assert abs(loss.item() - expected_loss.item()) < 1e-12
+    assert_close(found, {n: g[held[n]] for n, g in expected.items() if held[n].any()}, 1e-12)
+    assert all(expected[n][~held[n]].abs().sum() == 0 for n in expected)  # the test's own zeros
+    storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == 8 * sum(
+        rows.sum() * dense.get_parameter(n)[0].numel() for n, rows in held.items()
+    )
+    assert sum(p.numel() for p in local.values()) < 0.7 * sum(p.numel() for p in dense.parameters())
+    return sorted(local)
+
+
+@pytest.mark.parametrize("kind", ["block", "neuron"])
+def test_forward_masking_is_a_smaller_model(in_processes, kind):
+    names = in_processes(4, forward_masked_worker, kind)
+    assert (len(set(map(tuple, names))) > 1) == (
+        kind == "block"
+    )  # blocks: other workers have other parameters
+
+
+def pulled_values(mode, kind, dtype):
+    """After a pull over buffers full of NaN, each worker's parameters are the owners' values to the last bit."""
+    engine, (units, mask) = make_engine(mode, kind, 4, dtype=dtype), make_mask(kind, 4)
+    masters = owned(engine, lambda bucket: bucket.master)
+    (worker,) = engine.workers
+    for part in engine.workers[worker].parts:
+        part.values.fill_(torch.nan)
+    engine.workers[worker].begin()
+    engine.workers[worker].fetch(len(engine.workers[worker].parts))
+    read = 0
+    for name, parameter in engine.workers[worker].model.named_parameters():
+        master = masters[name.replace(".frozen.", ".")]
+        row = mask[worker] if parameter.requires_grad else ~mask[worker]
+        expected = master[rows_of(name, master, units, row)].to(dtype)
+        assert parameter.dtype == dtype and torch.equal(parameter, expected), name
+        read += parameter.numel()
+    engine.workers[worker].end(free=False)
+    total = sum(master.numel() for master in masters.values())
+    assert read == total if mode == "backward" else read < total
+    assert all(m.dtype == torch.promote_types(dtype, torch.float32) for m in masters.values())
+    everything = {name: value.to(dtype) for name, value in masters.items()}
+    assert_close(whole_values(engine), everything, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode, kind", SCHEMES)
+def test_readers_agree_to_the_last_bit(in_processes, mode, kind, dtype):
+    in_processes(4, pulled_values, mode, kind, dtype)
+
+
+def train_four_workers(mode, kind, steps=5):
+    engine = make_engine(mode, kind, 4)
+    first = whole_values(engine)
+    for step in range(steps):
+        for worker in engine.workers:
+            with engine.turn(worker) as model:
+                model(*batch(step, worker)).backward()
+        engine.step(lr=1e-2, clip=1.0)
+    return first, whole_values(engine)
+
+
+@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+def test_processes_do_not_matter(in_processes, mode, kind):
+    """Four workers on 1, 2 and 4 processes; and the initial model is the dense one whatever they hold."""
+    runs = [result for n in (1, 2, 4) for result in in_processes(n, train_four_workers, mode, kind)]
+    for first, last in runs:
+        assert_close(first, dict(dense_model().named_parameters()), 0)
+        assert_close(last, runs[0][1], 1e-10)
+    assert (runs[0][1]["head.weight"] - runs[0][0]["head.weight"]).abs().max() > 0.01
+
+
+def cost_of_a_step(mode, kind, coverage):
+    """Bytes that this process sends in a step, and what stays on it."""
+    config = GPTConfig(context=8)
+    engine = make_engine(mode, kind, 4, coverage, config, torch.float32)
+    (worker,) = engine.workers
+    with engine.turn(worker) as model:
+        model(*batch(0, worker, config=config)).backward()
+    engine.step(lr=1e-2)
+    moments = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values() if t.dim() > 0)
+    # what is here of what the worker has: counted element by element
+    units, mask = make_mask(kind, 4, coverage, config)
+    dense, parts = GPT(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
+    trains, reads = masks.roles(mode, mask)
+    for bucket in engine.buckets:
+        named = [(n, p) for n, p in dense.named_parameters() if bucket_of(n) == bucket]
+        size = sum(p.numel() for _, p in named)
+        cut = -(-size // 4)
+
+        def elements(mask, w, named=named):
+            return torch.cat(
+                [rows_of(n, p, units, mask[w]).repeat_interleave(p[0].numel()) for n, p in named]
+            )
+
+        here = slice(worker * cut, (worker + 1) * cut)
+        parts["trains"] += elements(trains, worker).sum().item()
+        parts["trains_here"] += elements(trains, worker)[here].sum().item()
+        parts["reads_by_others"] += sum(
+            elements(reads, w)[here].sum().item() for w in range(4) if w != worker
+        )
+    assert engine.traffic["push"] == 4 * (parts["trains"] - parts["trains_here"])
+    assert engine.traffic["pull"] == 4 * parts["reads_by_others"]
+    return (
+        engine.traffic["push"],
+        engine.traffic["pull"],
+        moments,
+        train.worker_costs(engine, worker, steps=1),
+    )
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.75])
+@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+def test_traffic_and_optimizer_follow_the_law(in_processes, mode, kind, coverage):
+    """Pushed and pulled: S + C (1 - S) of the halves of an all-reduce, S the shared share; optimizer: P / N."""
+    of_ranks = in_processes(4, cost_of_a_step, mode, kind, coverage)
+    units, _ = make_mask(kind, 4, coverage, GPTConfig())
+    params = sum(p.numel() for p in GPT(GPTConfig()).parameters())
+    maskable = sum(unit.cost for unit in units)
+    half = (1 - 1 / 4) * params * 4
+    law = 1 - maskable / params + coverage * maskable / params
+    push, pull = (np.mean([rank[i] for rank in of_ranks]) for i in (0, 1))
+    # where slices are cut inside a layer's parameters, a worker's own share of its own slice varies a little
+    tolerance = 0.04 if kind == "neuron" else 1e-4
+    assert push / half == pytest.approx(1 if mode == "none" else law, rel=tolerance)
+    assert pull / half == pytest.approx(law if mode == "forward" else 1, rel=tolerance)
+    for _, _, moments, memory in of_ranks:
+        assert moments == pytest.approx(params * 8 / 4, rel=1e-4)
+        assert memory["optimizer_bytes"] <= 12 / 4 * (params + 4 * len(units) + 8)
+    weights = np.mean([memory["weight_bytes"] for *_, memory in of_ranks])
+    assert weights == pytest.approx(4 * params * (law if mode == "forward" else 1), rel=0.01)
+
+
+def learn(mode, dtype):
+    engine = make_engine(mode, "neuron", 4, dtype=dtype)
+    losses = []
+    for _ in range(30):
+        total = torch.zeros(())
+        for worker in engine.workers:
+            with engine.turn(worker) as model:
+                loss = model(*batch(0, worker))
+                loss.backward()
+            total += loss.detach()
+        losses.append(engine.step(lr=1e-2, clip=1.0, loss=total)[1] / 4)
+    return losses
+
+
+@pytest.mark.parametrize("mode", ["none", "backward", "forward"])
+def test_bfloat16_learns_like_float32(in_processes, mode):
+    """bfloat16 weights, gradients and traffic over a float32 master: much the same curve, from 4 nats to 0.3."""
+    (exact, _), (rounded, _) = (in_processes(2, learn, mode, d) for d in (torch.float32, torch.bfloat16))
+    assert exact[-1] < 0.3 * exact[0]
+    np.testing.assert_allclose(rounded, exact, atol=0.25)
+
+
+# ---- the command line
+
+TINY = "--layers 2 --width 32 --hidden 32 --context 32 --batch-size 8 --eval-batches 2".split()
+
+
+def clean_environment(**more):
+    """This process's environment without what a launcher may have left in it."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in launcher} | more
+
+
+def torchrun(n, *arguments):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(n),
+        "train.py",
+    ]
+    return subprocess.run(
+        [*command, *arguments], cwd=HERE, capture_output=True, text=True, timeout=120, env=clean_environment()
+    )
+
+
+PER_WORKER = {"worker", "held_params", "weight_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes"}
+PER_WORKER |= {"peak_bytes", "flops", "push_bytes", "pull_bytes"}
+
+
+@pytest.mark.parametrize("mask, kind", list(product(masks.MODES, ("block", "neuron"))))
+def test_train_under_torchrun(tmp_path, mask, kind):
+    """The default model for a few steps: files, costs against the dense column, no warnings of our making."""
+    flags = ["--mask", mask, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]
+    done = torchrun(2, *flags, "--eval-batches", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "mean / dense" in done.stdout and ("blocks.0" in done.stdout) == (mask != "none")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert [entry["tokens"] for entry in log] == [2048, 4096, 6144, 8192]
+    assert [entry["step"] for entry in log if "val_loss" in entry] == [2, 4]
+    assert all({"loss", "lr", "grad_norm", "step_ms"} <= entry.keys() for entry in log)
+    assert log[-1]["loss"] < log[0]["loss"] < 7
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["final_val_loss"] == log[-1]["val_loss"]
+    assert (summary["workers"], summary["processes"], summary["steps"]) == (4, 2, 4)
+    assert summary["config"]["units"] == kind and summary["config"]["seed"] == 0
+    coverage = 1 if mask == "none" else 0.5
+    assert (summary["coverage"], summary["holders_per_unit"]) == (coverage, 4 * coverage)
+    assert summary["spectral_gap"] > 0 and (summary["spectral_gap"] == 1) == (mask == "none")
+    assert [worker["worker"] for worker in summary["per_worker"]] == [0, 1, 2, 3]
+    dense, params = summary["dense"], summary["params"]
+    assert params == dense["held_params"] == sum(p.numel() for p in GPT(GPTConfig()).parameters())
+    assert dense["optimizer_bytes"] == 8 * params and dense["push_bytes"] == dense["pull_bytes"] == 2 * params
+    for worker in summary["per_worker"]:
+        assert worker.keys() == dense.keys() == PER_WORKER
+        assert worker["peak_bytes"] is None
+        flops, saved = (worker[key] / dense[key] for key in ("flops", "activation_bytes"))
+        if mask == "none":
+            assert flops == saved == 1 and worker["held_params"] == summary["shared_params"] == params
+        else:
+            assert flops < {"backward": 0.88, "forward": 0.6}[mask] and saved < 0.95
+            assert worker["held_params"] == pytest.approx((params + summary["shared_params"]) / 2, rel=1e-3)
+
+
+def test_train_alone_plays_four_workers(tmp_path):
+    command = [sys.executable, "train.py", "--mask", "forward", *TINY, "--steps", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert "plays 4 workers" in done.stdout and "Warning" not in done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["workers"] == 4
+
+
+def in_process(monkeypatch, *arguments):
+    """main() in this process, as python train.py would run it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", str(max(2, torch.get_num_threads()))
+    )  # leave the threads as they are
+    train.main([*TINY, *arguments])
+
+
+def test_train_one_worker_says_that_it_holds_everything(monkeypatch, capsys):
+    in_process(monkeypatch, "--workers", "1", "--steps", "1")
+    assert "one worker holds everything" in capsys.readouterr().out
+
+
+def test_train_same_data_and_result_for_other_workers(monkeypatch, tmp_path):
+    """--mask none on 1 and 4 workers: the same losses, so the same initial model and the same batches."""
+    logs = []
+    for workers in ("1", "4"):
+        out = tmp_path / workers
+        flags = [
+            "--mask",
+            "none",
+            "--workers",
+            workers,
+            "--steps",
+            "3",
+            "--dtype",
+            "float64",
+            "--out",
+            str(out),
+        ]
+        in_process(monkeypatch, *flags)
+        logs.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-10)
+
+
+def test_learning_rate():
+    args = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--lr", "1"])
+    rates = [train.learning_rate(step, args) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    args = train.make_parser().parse_args(["--steps", "1", "--warmup", "0", "--lr", "1"])
+    assert train.learning_rate(1, args) > 0
+
+
+BAD = [  # flags, processes, what the one line must say
+    ("--coverage 0", 1, ("--coverage 0", "at most 1")),
+    ("--coverage 1.5", 1, ("--coverage 1.5", "at most 1")),
+    ("--coverage nan", 1, ("--coverage nan", "at most 1")),
+    ("--coverage half", 1, ("--coverage", "half")),
+    ("--coverage 0.1", 1, ("--coverage 0.1", "0.125")),
+    ("--coverage 0.3 --layers 2", 1, ("--coverage", "0.375")),
+    ("--coverage 0.1 --workers 8 --units neuron", 1, ("--coverage", "blocks.0.attention", "0.1875")),
+    ("--batch-size 10", 1, ("--batch-size 10", "4 workers", "8 or 12")),
+    ("--batch-size 3", 1, ("--batch-size 3", "such as 4")),
+    ("--batch-size 0", 1, ("--batch-size", "at least 1")),
+    ("--workers 3", 2, ("--workers 3", "2 processes")),
+    ("--workers 0", 1, ("--workers", "at least 1")),
+    ("--workers two", 1, ("--workers", "whole number")),
+    ("--width 30", 1, ("--width 30", "multiple of 8", "--heads")),
+    ("--hidden 40", 1, ("--hidden 40", "multiple of 16")),
+    ("--mask sideways", 1, ("--mask", "sideways", "forward")),
+    ("--units brick", 1, ("--units", "brick", "neuron")),
+    ("--model resnet", 1, ("--model", "gpt")),
+    ("--dtype int8", 1, ("--dtype", "bfloat16")),
+    ("--data novels", 1, ("--data", "python")),
+    ("--data-dir /nowhere", 1, ("--data-dir /nowhere", "standard library")),
+    ("--context 10000000", 1, ("--context 10000000", "below")),
+    ("--steps -1", 1, ("--steps", "at least 1")),
+    ("--lr nan", 1, ("--lr", "at least 0")),
+    ("--lr -1", 1, ("--lr", "at least 0")),
+    ("--seed -1", 1, ("--seed", "at least 0")),
+    ("--grad-clip -1", 1, ("--grad-clip", "at least 0")),
+    ("--warmup x", 1, ("--warmup", "whole number")),
+    ("--cov 0.5", 1, ("--cov",)),
+    ("--out /dev/null/x", 1, ("--out /dev/null/x", "cannot be written")),
+]
+
+
+@pytest.mark.parametrize("flags, processes, says", BAD, ids=[bad[0] for bad in BAD])
+def test_bad_flags_end_with_one_line(monkeypatch, capsys, flags, processes, says):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in says), line
+
+
+def test_out_is_not_overwritten_unasked(monkeypatch, capsys, tmp_path):
+    in_process(monkeypatch, "--steps", "1", "--out", str(tmp_path))
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, "--steps", "1", "--out", str(tmp_path))
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    in_process(monkeypatch, "--steps", "2", "--out", str(tmp_path), "--overwrite")
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_bad_flags_as_real_commands():
+    for program in ("train.py", "masks.py"):
+        command = [sys.executable, program, "--coverage", "0"]
+        alone = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=clean_environment())
+        assert (
+            alone.returncode == 2 and len(alone.stderr.splitlines()) == 1 and "--coverage 0" in alone.stderr
+        )
+    together = torchrun(2, "--coverage", "0")
+    assert together.returncode == 1  # torchrun's own
+    assert (
+        together.stderr.count("error: --coverage 0") == 1
+        and "Traceback" not in together.stderr.split("torch/")[0]
+    )
+
+
+def test_flags_that_differ_between_processes():
+    """Two processes started by hand, as on two machines: rank 0 names the flag."""
+    ranks = []
+    for rank, lr in enumerate(("0.1", "0.2")):
+        environment = clean_environment(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29765"
+        )
+        command = [sys.executable, "train.py", *TINY, "--steps", "1", "--lr", lr]
+        ranks.append(subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        _, said = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 2
+        assert "--lr: 0.1 on rank 0, but 0.2 on rank 1" in said and "Traceback" not in said
+        assert ranks[1].poll() is None  # waits to be ended
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
