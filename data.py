@@ -1,8 +1,8 @@
 """What is learnt: text as bytes, cut into batches that depend only on (seed, step).
 
 `python`: the .py files of the running Python's standard library, about 11 MB of real text that every machine
-already has. No worker, process or mask enters the choice of a batch: every process computes the whole batch of a
-step, and a worker takes its rows of it. So runs with other numbers of workers see the same data.
+already has. No worker, process or mask enters the choice of a batch: every process computes the whole batch
+of a step, and a worker takes its rows of it. So runs with other numbers of workers see the same data.
 
 Needs numpy and torch. Read next: train.py, the loop that uses it.
 """
@@ -21,7 +21,8 @@ HELD_OUT = 13  # of 256, the share of the files that make the validation set
 
 
 class Text:
-    """Tokens to train on and tokens held out, each a 1-D integer array; `vocabulary` is the number of tokens."""
+    """Tokens to train on and tokens held out, each a 1-D integer array; `vocabulary` is the number of
+    tokens."""
 
     def __init__(self, train, held_out, vocabulary):
         self.train, self.held_out, self.vocabulary = train, held_out, vocabulary

@@ -1,8 +1,8 @@
 """Who holds what: the masks of Subnetwork Data Parallelism (arXiv 2507.09029), and a picture of them.
 
 A *unit* is the smallest thing that a mask switches: a residual block, an attention head, a group of hidden
-neurons. A mask is a boolean array [workers, units]; each unit has exactly `holders` holders among the workers,
-and the workers hold equally much. Nothing here knows about torch or about processes.
+neurons. A mask is a boolean array [workers, units]; each unit has exactly `holders` holders among the
+workers, and the workers hold equally much. Nothing here knows about torch or about processes.
 
     python masks.py --workers 8 --count 12 --coverage 0.375
 
@@ -51,8 +51,8 @@ def assign(units, workers, holders, seed=0):
     """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
 
     Every column sums to `holders`. Within a kind whose units cost the same, the number of units that a worker
-    holds differs by at most one. The worker graph is connected wherever holders >= 2 and there are units enough
-    to connect it: len(units) * (holders - 1) >= workers - 1. Among a few random deals the one with the
+    holds differs by at most one. The worker graph is connected wherever holders >= 2 and there are units
+    enough to connect it: len(units) * (holders - 1) >= workers - 1. Among a few random deals the one with the
     largest spectral gap is taken. Raises ValueError where some worker would hold no unit of a kind.
     """
     for kind, count in Counter(unit.kind for unit in units).items():
@@ -199,7 +199,8 @@ def describe(mask, units, asked):
     together = "all workers are connected" if pieces == 1 else f"{pieces} groups of workers share no unit"
     return (
         f"{picture(mask, units)}\n"
-        f"coverage: asked {asked:g}, given {holders / workers:g} ({holders} of {workers} workers hold each unit)\n"
+        f"coverage: asked {asked:g}, given {holders / workers:g}"
+        f" ({holders} of {workers} workers hold each unit)\n"
         f"load: the fullest worker holds {cost.max() / cost.mean():.3f} times the mean\n"
         f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
     )
@@ -208,8 +209,8 @@ def describe(mask, units, asked):
 class Parser(argparse.ArgumentParser):
     """argparse, with bad input answered by one line on stderr and exit code 2.
 
-    Under torchrun rank 0 speaks and exits. The others wait for torchrun to end them: if one of them left first,
-    torchrun would end rank 0 before it has spoken.
+    Under torchrun rank 0 speaks and exits. The others wait for torchrun to end them: if one of them left
+    first, torchrun would end rank 0 before it has spoken.
     """
 
     def error(self, message):

@@ -1,9 +1,10 @@
 """The models, with layers that can be built from any of their units.
 
-A layer whose output is a sum over units (an attention over its heads, an MLP over its groups of hidden neurons)
-is a `Branch`: it is built with the *number* of units that a worker trains, and computes, in the same way for
-all of them. Units of a layer are interchangeable, so which ones they are is only known to sdp.py, which fills
-the parameters. Every maskable parameter has its unit dimension first; a unit is a run of whole rows.
+A layer whose output is a sum over units (an attention over its heads, an MLP over its groups of hidden
+neurons) is a `Branch`: it is built with the *number* of units that a worker trains, and computes, in the same
+way for all of them. Units of a layer are interchangeable, so which ones they are is only known to sdp.py,
+which fills the parameters. Every maskable parameter has its unit dimension first; a unit is a run of whole
+rows.
 
 Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves parameters and gradients.
 """
@@ -43,7 +44,8 @@ class Branch(nn.Module):
     autograd itself saves what SDP saves: it computes no weight gradient for them and keeps no input for one.
     Absent units are made up for as in inverted dropout, by the factor units / computed units.
 
-    A subclass makes its parameters in `allocate`, for any number of units, and computes their sum in `compute`.
+    A subclass makes its parameters in `allocate`, for any number of units, and computes their sum in
+    `compute`.
     """
 
     def __init__(self, config, units, trained=None, frozen=0):
@@ -99,8 +101,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """A transformer block, x + attention(norm(x)), then x + mlp(norm(x)). attention and mlp are (trained, frozen)
-    numbers of units."""
+    """A transformer block, x + attention(norm(x)), then x + mlp(norm(x)). attention and mlp are (trained,
+    frozen) numbers of units."""
 
     def __init__(self, config, attention=(None, 0), mlp=(None, 0)):
         super().__init__()
@@ -133,8 +135,8 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """A LLaMA-style language model, or what one worker has of it.
 
-    trained, frozen: {layer: number of units} as `masks.count` gives them, for the layers that `units_of` names;
-    layers that are not named are whole and trained. A block none of whose units is there is not there.
+    trained, frozen: {layer: number of units} as `masks.count` gives them, for the layers that `units_of`
+    names; layers that are not named are whole and trained. A block none of whose units is there is not there.
     """
 
     def __init__(self, config, trained=None, frozen=None):
@@ -164,8 +166,9 @@ class GPT(nn.Module):
 
 
 def rotary(length, head_width, like):
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864): cos and sin, each (length, head_width / 2),
-    computed in float32 at each call: a buffer would have to be filled on workers whose modules start empty."""
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864): cos and sin, each (length, head_width /
+    2), computed in float32 at each call: a buffer would have to be filled on workers whose modules start
+    empty."""
     frequency = 10000.0 ** (-torch.arange(0, head_width, 2, device=like.device).float() / head_width)
     angle = torch.arange(length, device=like.device).float()[:, None] * frequency  # (length, head_width / 2)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
@@ -192,8 +195,8 @@ def units_of(model, kind):
 
 
 def initial_value(model, name, seed):
-    """The first value of the whole model's parameter `name`, float32 on the CPU, from (seed, name) alone: so it
-    is independent of who asks and in which order.
+    """The first value of the whole model's parameter `name`, float32 on the CPU, from (seed, name) alone: so
+    it is independent of who asks and in which order.
 
     Norms start at one. Matrices are normal with variance 1 / inputs, so that they keep the scale of what they
     are given; those that write into the residual stream are divided by the root of the number of branches, as

@@ -1,16 +1,16 @@
 """The engine of Subnetwork Data Parallelism: owners, pull, push, step.
 
-Every parameter has one *owner* among the processes, chosen without looking at the masks: a *bucket* (one layer's
-parameters end to end) is cut into as many equal slices as there are processes, and process r owns slice r: its
-master copy and its optimizer state. A step is
+Every parameter has one *owner* among the processes, chosen without looking at the masks: a *bucket* (one
+layer's parameters end to end) is cut into as many equal slices as there are processes, and process r owns
+slice r: its master copy and its optimizer state. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
     push    workers send each gradient to its owner, who sums over the workers that train it
     step    owners divide by the number of those workers, clip, and update their slices
 
-Pull and push are one all_to_all of a bucket each (two pulls in backward masking: what is trained, what is frozen).
-No activation moves. A process plays one worker, or several one after another:
+Pull and push are one all_to_all of a bucket each (two pulls in backward masking: what is trained, what is
+frozen). No activation moves. A process plays one worker, or several one after another:
 
     engine = SDP(build, initial_value, optimizer, units, mask, mode)
     for worker in engine.workers:
@@ -18,11 +18,12 @@ No activation moves. A process plays one worker, or several one after another:
             model(x, y).backward()
     engine.step(lr)
 
-Needs torch.distributed, initialised. Read next: data.py, then train.py.
+Needs an initialised torch.distributed. Read next: data.py, then train.py.
 """
 
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -41,15 +42,13 @@ def bucket_of(name):
 class Bucket:
     """One layer of the whole model, flattened, and the slice of it that this process owns.
 
-    The parameters lie end to end. One that is cut into units is a row of equal chunks, one per unit; any other is
-    a single chunk. Chunk c covers [edges[c], edges[c + 1]) and belongs to unit[c], or to all workers if that is -1.
+    The parameters lie end to end. One that is cut into units is a row of equal chunks, one per unit; any
+    other is one chunk. Chunk c is [edges[c], edges[c + 1]) and of unit[c]; -1 means that all workers have it.
     """
 
     def __init__(self, parameters, columns, trains, initial_value, dtype, device):
-        """parameters: {name: tensor on the meta device}; columns: {layer: its unit numbers, columns of masks}.
-
-        Initial values are made parameter by parameter, and only those that reach into the slice.
-        """
+        """parameters: {name: tensor on the meta device}; columns: {layer: its columns of a mask};
+        initial_value(name) is asked for parameters that reach into the slice, one after another."""
         chunk_units, sizes = [], []
         for name, parameter in parameters.items():
             prefixes = accumulate(name.split("."), "{}.{}".format)
@@ -86,17 +85,15 @@ class Bucket:
 class Part:
     """What a worker has of a bucket and trains, or has and only reads, and its way from and to the owners.
 
-    Chunks are ordered, and slices are cut in that order. So what arrives in a pull, source rank by source rank,
-    is everything that the worker has, in the bucket's order: parameters are views of it. A push goes back alike.
+    Slices are cut in the order of the chunks. So what arrives in a pull, source rank by source rank, is all
+    that the worker has in the bucket's order: parameters are views of it. A push is the same the other way.
     """
 
-    def __init__(self, bucket, has, module, names, trained, traffic, dtype, device):
-        """has: bool [processes, chunks], what the worker of each process has; names: this worker's parameters, in
+    def __init__(self, bucket, has, module, names, trained, traffic, dtype):
+        """has: bool [processes, chunks], for the worker of each process; names: this worker's parameters in
         `module`, which are on the meta device and become real; traffic: a Counter of the bytes sent."""
         self.bucket, self.trained, self.traffic, self.rank = bucket, trained, traffic, dist.get_rank()
-        before = np.append(
-            0, np.cumsum(has[self.rank] * np.diff(bucket.edges))
-        )  # what it has before each edge
+        before = np.append(0, np.cumsum(has[self.rank] * np.diff(bucket.edges)))  # had before each edge
         self.by_owner = np.diff(np.interp(bucket.cuts, bucket.edges, before)).astype(int).tolist()
         inside = has[:, bucket.inside].astype(np.int8)  # [processes, chunks in the slice]
         self.by_worker = (inside @ np.diff(bucket.inner)).tolist()
@@ -106,13 +103,13 @@ class Part:
 
         shapes = [module.get_parameter(name).shape for name in names]
         sizes = [shape.numel() for shape in shapes]
-        self.values = torch.empty(sum(sizes), dtype=dtype, device=device)
+        self.values = torch.empty(sum(sizes), dtype=dtype, device=bucket.master.device)
         self.parameters = []
         for name, shape, view in zip(names, shapes, self.values.split(sizes)):
             self.parameters.append(torch.nn.Parameter(view.view(shape), requires_grad=trained))
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, self.parameters[-1])
-        self.missing = 0  # gradients that are still to come in this backward pass
+        self.missing = 0  # gradients still to come in this backward pass
 
     def pull(self):
         """Start to fill the parameters with the owners' values; returns a function that waits for it."""
@@ -121,8 +118,8 @@ class Part:
         return self._exchange("pull", self.values, send, self.by_owner, self.by_worker)
 
     def push(self):
-        """Start to send the gradients to their owners, and free them. Returns a function that waits and adds up
-        what has come, in rank order and in the owners' precision: so each run gives the same sum."""
+        """Start to send the gradients to their owners, and free them. Returns a function that waits and adds
+        up what has come, in rank order and in the owners' precision: so each run gives the same sum."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         send = torch.cat([g.flatten() for g in gradients]) if gradients else self.values.new_empty(0)
         for parameter in self.parameters:
@@ -151,12 +148,12 @@ class Part:
 class Worker:
     """The module of one worker, and the order in which it pulls and pushes.
 
-    Workers have different parts of a bucket, and some have nothing of it, but all take part in every collective,
-    in one order: pulls from the first bucket to the last, each finished just before its layer runs; pushes from
+    Workers have different parts, and some have nothing of a bucket, but all take part in every collective in
+    one order: pulls from the first bucket to the last, each finished just before its layer runs; pushes from
     the last to the first, each sent as soon as its gradients are complete.
     """
 
-    def __init__(self, model, buckets, trains, reads, traffic, dtype, device):
+    def __init__(self, model, buckets, trains, reads, traffic, dtype):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.parts, self.grad_bytes = model, [], 0
         names, modules = defaultdict(list), dict(model.named_modules())
@@ -166,8 +163,7 @@ class Worker:
             for trained, mask in ((True, trains), (False, reads & ~trains)):
                 has = bucket.has(mask, shared=trained)
                 if has.any():  # for some worker: so all ranks make the same parts
-                    own = names[name, trained]
-                    self.parts.append(Part(bucket, has, model, own, trained, traffic, dtype, device))
+                    self.parts.append(Part(bucket, has, model, names[name, trained], trained, traffic, dtype))
             if name in modules:
                 needed = len(self.parts)
                 modules[name].register_forward_pre_hook(lambda *_, needed=needed: self.fetch(needed))
@@ -184,7 +180,7 @@ class Worker:
         self.unsent, self.finish_push = [part for part in self.parts if part.trained], lambda: None
 
     def fetch(self, needed):
-        """Wait until so many parts have been pulled, with the pull of the next one under way."""
+        """Wait until so many parts are there, with the pull of the next one under way."""
         while self.fetched < needed:
             finish_pull, self.fetched = self.coming, self.fetched + 1
             if self.fetched < len(self.parts):
@@ -216,43 +212,34 @@ class SDP:
 
     build: build(trained, frozen) -> module, from {layer: number of units} for both, as model.GPT takes them.
     initial_value: initial_value(whole model, parameter's name) -> float tensor on the CPU.
-    optimizer: optimizer(groups) -> an elementwise torch.optim.Optimizer; it is given pieces of parameters, those
-        of norms and biases in a group without weight decay.
+    optimizer: optimizer(groups) -> an elementwise torch.optim.Optimizer; it is given pieces of parameters,
+        those of norms and biases in a group without weight decay.
     units, mask, mode: see masks.py; mask is bool [workers, units]. Process r plays the workers r, r + P, ...
     dtype: of weights, gradients, and what is sent. Owners keep at least float32.
     """
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype=torch.float32, device=None):
+    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype=torch.float32, device="cpu"):
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        self.build, self.units, self.dtype = build, units, dtype
-        self.device = device or torch.device("cpu")
-        self.traffic = (
-            Counter()
-        )  # bytes sent to other processes, for "pull" and "push"; the caller may clear it
+        self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
+        self.traffic = Counter()  # bytes sent to other processes in all turns, for "pull" and "push"
         trains, reads = roles(mode, mask)
 
-        everything = np.ones((self.processes, len(units)), bool)
-        whole = self._module(everything[0], everything[0])
+        everything = np.ones(len(units), bool)
+        whole = self._module(everything, everything)
         layers, columns = defaultdict(dict), defaultdict(list)
         for name, parameter in whole.named_parameters():
             layers[bucket_of(name)][name] = parameter
         for column, unit in enumerate(units):
             columns[unit.layer].append(column)
-        master = torch.promote_types(dtype, torch.float32)
-        self.buckets = {
-            name: Bucket(
-                of_layer, columns, trains, lambda name: initial_value(whole, name), master, self.device
-            )
-            for name, of_layer in layers.items()
-        }
+        first, master = partial(initial_value, whole), torch.promote_types(dtype, torch.float32)
+        self.buckets = {n: Bucket(p, columns, trains, first, master, device) for n, p in layers.items()}
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for bucket in self.buckets.values():
             for name, piece in bucket.pieces.items():
                 groups[whole.get_parameter(name).dim() == 1]["params"].append(piece)
         self.optimizer = optimizer(groups)
-        rounds = [
-            slice(i, i + self.processes) for i in range(0, len(mask), self.processes)
-        ]  # who play together
+        firsts = range(0, len(mask), self.processes)
+        rounds = [slice(first, first + self.processes) for first in firsts]  # the workers that play together
         self.workers = {r.start + self.rank: self._worker(trains[r], reads[r], self.traffic) for r in rounds}
 
     def _module(self, trains, reads):
@@ -261,12 +248,12 @@ class SDP:
 
     def _worker(self, trains, reads, traffic):
         model = self._module(trains[self.rank], reads[self.rank])
-        return Worker(model, self.buckets, trains, reads, traffic, self.dtype, self.device)
+        return Worker(model, self.buckets, trains, reads, traffic, self.dtype)
 
     @contextmanager
     def turn(self, worker):
-        """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for one forward and
-        backward pass. All processes take the turns of their workers in order."""
+        """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for one forward
+        and backward pass. All processes take the turns of their workers in order."""
         self.workers[worker].begin()
         yield self.workers[worker].model
         self.workers[worker].end(free=len(self.workers) > 1)  # the next worker needs the room
@@ -281,15 +268,13 @@ class SDP:
         yield reader.model.eval().requires_grad_(False)
 
     def average(self):
-        """Turn the sums that the owners hold into means over the workers that train each parameter."""
+        """Turn the owners' sums into means over the workers that train each parameter."""
         for bucket in self.buckets.values():
             bucket.mean /= torch.repeat_interleave(bucket.trainers, bucket.lengths)
 
     def step(self, lr, clip=0.0, loss=0.0):
-        """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`.
-
-        Returns (the norm of the whole model's averaged gradient, `loss` summed over the processes), as floats.
-        """
+        """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`. Returns, as
+        floats, (the norm of the whole model's averaged gradient, `loss` summed over the processes)."""
         self.average()
         squares = sum(bucket.mean.dot(bucket.mean).double() for bucket in self.buckets.values())
         totals = torch.stack([squares, torch.as_tensor(loss, device=squares.device).double()])

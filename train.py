@@ -38,13 +38,13 @@ from sdp import SDP
 def make_parser():
     parser = Parser(description="Train a model with Subnetwork Data Parallelism.", allow_abbrev=False)
     for flag, kind, default, meaning in (
-        ("--mask", MODES, "backward", "none: data parallelism; backward: whole forward pass, gradients for held "
-         "units; forward: only held units exist"),
-        ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks, or attention heads and "
-         f"groups of hidden neurons ({GROUPS} groups a layer)"),
-        ("--coverage", float, 0.5, "share C of the workers that hold a unit, in (0, 1]: floor(C N + 1/2) of N"),
-        ("--workers", at_least(1), None, "workers N, a multiple of the processes, which then play several one after "
-         "another (default: the number of processes; 4 for one process with a mask)"),
+        ("--mask", MODES, "backward", "none: data parallelism; backward: whole forward pass, gradients for"
+         " held units; forward: only held units exist"),
+        ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks, or attention heads"
+         f" and groups of hidden neurons, {GROUPS} a layer"),
+        ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
+        ("--workers", at_least(1), None, "workers N, a multiple of the processes, which play them in turn"
+         " (default: as many as processes; 4 for one process with a mask)"),
         ("--model", ("gpt",), "gpt", "a LLaMA-style language model"),
         ("--layers", at_least(1), 6, "transformer blocks"),
         ("--width", at_least(1), 128, "features of the residual stream"),
@@ -59,10 +59,10 @@ def make_parser():
         ("--warmup", at_least(0), 20, "steps of linear warm-up, before a cosine down to a tenth of --lr"),
         ("--weight-decay", at_least(0, float), 0.1, "of matrices, as in AdamW; norms have none"),
         ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
-        ("--eval-every", at_least(0), 100, "steps between validations of the whole model, 0 = only at the end"),
-        ("--eval-batches", at_least(1), 20, "batches of a validation"),
-        ("--dtype", ("float32", "bfloat16", "float64"), "float32", "of weights, gradients and traffic; owners keep at "
-         "least float32"),
+        ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
+        ("--eval-batches", at_least(1), 20, "batches of a validation, which is of the whole model"),
+        ("--dtype", ("float32", "bfloat16", "float64"), "float32", "of weights, gradients and traffic; owners"
+         " keep at least float32"),
         ("--seed", at_least(0), 0, "of initial values, batches and masks"),
         ("--out", str, None, "folder for log.jsonl and summary.json; without it nothing is written"),
     ):  # fmt: skip
@@ -94,8 +94,8 @@ def check(args, processes, parser):
         )
     if args.width % (2 * args.heads):
         fail(
-            f"--width {args.width}: must be a multiple of {2 * args.heads}, so that each of the {args.heads} --heads "
-            "has an even number of features"
+            f"--width {args.width}: must be a multiple of {2 * args.heads}, "
+            f"so that each of the {args.heads} --heads has an even number of features"
         )
     if args.hidden % GROUPS:
         fail(f"--hidden {args.hidden}: must be a multiple of {GROUPS}, the number of groups of neurons")
@@ -151,14 +151,15 @@ def start(parser):
         dist.init_process_group(timeout=timedelta(minutes=10), **options)
     except RuntimeError as error:
         parser.error(
-            f"the processes cannot reach each other ({str(error).splitlines()[0]}); where gloo has chosen a wrong "
-            "network interface, set GLOO_SOCKET_IFNAME, such as to lo on Linux or lo0 on macOS for one machine"
+            f"the processes cannot reach each other ({str(error).splitlines()[0]}); where gloo has chosen a "
+            "wrong network interface, set GLOO_SOCKET_IFNAME: on one machine to lo (Linux) or lo0 (macOS)"
         )
     return device
 
 
 def agree(facts, parser):
-    """End the program where a fact, {name: value}, is not the same on all processes: later that would hang."""
+    """End the program where a fact, {name: value}, is not the same on all processes: later that would
+    hang."""
     of_all = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, facts)
     for rank, others in enumerate(of_all):
@@ -174,9 +175,9 @@ def agree(facts, parser):
 
 @contextmanager
 def measured(parameters):
-    """`with measured(parameters) as cost:` around one forward and backward pass: afterwards cost["flops"] as torch
-    counts them, and cost["activation_bytes"], what autograd saved for the backward pass: each storage once,
-    parameters excluded."""
+    """`with measured(parameters) as cost:` around one forward and backward pass: afterwards cost["flops"] as
+    torch counts them, and cost["activation_bytes"], what autograd saved for the backward pass: each storage
+    once, parameters excluded."""
     cost, seen = {}, {}
     own = {p.untyped_storage()._cdata for p in parameters}
 
@@ -230,9 +231,9 @@ def dense_worker(whole, rows, processes, dtype, device):
 def worker_costs(engine, worker, steps):
     """What a worker took, from its live tensors and the real collectives, in the keys of summary.json.
 
-    Gradients: the worker's own, at their most, and the owned slices of the mean. Optimizer: the owned slices of
-    the master copy, and what the optimizer keeps for each of their elements. A process's traffic is divided
-    evenly among the workers that it played.
+    Gradients: the worker's own, at their most, and the owned slices of the mean. Optimizer: the owned slices
+    of the master copy, and what the optimizer keeps for each of their elements. A process's traffic is
+    divided evenly among the workers that it played.
     """
     parts, buckets = engine.workers[worker].parts, engine.buckets.values()
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim() > 0]
@@ -280,7 +281,8 @@ def learning_rate(step, args):
 
 
 def evaluate(engine, text, args, device):
-    """Validation loss of the whole model, in nats per token: each process takes its share of the sequences."""
+    """Validation loss of the whole model, in nats per token: each process takes its share of the
+    sequences."""
     tokens, targets = text.validation(args.eval_batches * args.batch_size, args.context)
     share = slice(engine.rank, None, engine.processes)
     total = torch.zeros((), dtype=torch.float64)
@@ -294,8 +296,8 @@ def evaluate(engine, text, args, device):
 
 
 def train(engine, text, args, device, log):
-    """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the first
-    step}, median step time in ms, final validation loss)."""
+    """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the
+    first step}, median step time in ms, final validation loss)."""
     rows = args.batch_size // args.workers
     costs, milliseconds, val_loss = {}, [], None
     bar = tqdm(range(1, args.steps + 1), disable=engine.rank != 0, unit="step", mininterval=0.5)
@@ -362,9 +364,9 @@ def main(argv=None):
             print(describe(mask, units, args.coverage))
         print(
             f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
-            f"{args.workers} workers on {processes} {'processes' if processes > 1 else 'process'} "
-            f"({dist.get_backend()}, {device.type}), a step is {args.batch_size} sequences of {args.context} tokens\n"
-            "loss: mean over the workers, each on its own subnetwork and sequences; val_loss: of the whole model",
+            f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
+            f"a step is {args.batch_size} sequences of {args.context} tokens\n"
+            "loss: the mean over the workers, each on its own subnetwork; val_loss: of the whole model",
             flush=True,
         )
 
@@ -379,6 +381,7 @@ def main(argv=None):
     own = [worker_costs(engine, worker, args.steps) | costs[worker] for worker in engine.workers]
     of_all = [None] * processes
     dist.all_gather_object(of_all, own)
+    dist.barrier()  # torch 2.6 can hang when a group is destroyed right after other traffic
     dist.destroy_process_group()
     if engine.rank == 0:
         per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
