@@ -1,16 +1,14 @@
 """The engine of Subnetwork Data Parallelism: owners, pull, push, step.
 
-Every parameter has one *owner* among the processes, chosen without looking at the masks: a *bucket* (one
-layer's parameters end to end) is cut into as many equal slices as there are processes, and process r owns
-slice r: its master copy and its optimizer state. A step is
+Every parameter has one *owner*, whatever the masks: a *bucket* (one layer's parameters end to end) is cut
+into equal slices, and process r keeps the master copy and the optimizer state of slice r. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
     push    workers send each gradient to its owner, who sums over the workers that train it
     step    owners divide by the number of those workers, clip, and update their slices
 
-Pull and push are one all_to_all of a bucket each (two pulls in backward masking: what is trained, what is
-frozen). No activation moves. A process plays one worker, or several one after another:
+Pull and push are one all_to_all of a bucket each. No activation moves. A process plays its workers in turn:
 
     engine = SDP(build, initial_value, optimizer, units, mask, mode)
     for worker in engine.workers:
@@ -61,9 +59,7 @@ class Bucket:
         start, stop = self.cuts[rank : rank + 2].tolist()
         # the chunks that reach into the slice, and their edges counted from its start
         first, last = np.searchsorted(self.edges, start, side="right") - 1, np.searchsorted(self.edges, stop)
-        self.inside = slice(first, last)
-        self.inner = np.clip(self.edges[first : last + 1], start, stop) - start
-
+        self.inside, self.inner = slice(first, last), self.edges[first : last + 1].clip(start, stop) - start
         self.master = torch.empty(stop - start, dtype=dtype, device=device)
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
         self.trainers = torch.from_numpy(self.has(trains).sum(axis=0)[self.inside]).to(device)
@@ -77,60 +73,82 @@ class Bucket:
                 self.pieces[name].grad = self.mean[a - start : b - start]
             begin += parameter.numel()
 
-    def has(self, mask, shared=True):
+    def has(self, mask):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
-        return np.column_stack([mask, np.full(len(mask), shared)])[:, self.unit]  # -1 is the last column
+        return np.column_stack([mask, np.full(len(mask), True)])[:, self.unit]  # -1 is the last column
+
+
+def runs(has, edges):
+    """[(begin, end)] of the runs of chunks that are set, row by row of `has`, bool [rows, chunks]."""
+    rise = np.diff(has.astype(np.int8), axis=1, prepend=0, append=0)  # 1 where a run begins, -1 after its end
+    begins, ends = (edges[np.nonzero(rise == sign)[1]].tolist() for sign in (1, -1))
+    return [(begin, end) for begin, end in zip(begins, ends) if begin < end]
+
+
+class Route:
+    """What moves between a bucket's owners and the workers that play now; has: bool [processes, chunks].
+
+    Slices are cut in the order of the chunks: so what a worker has of slice 0, then of slice 1, and so on, is
+    all that it has in the bucket's order. Nothing needs sorting, in either direction.
+    """
+
+    def __init__(self, bucket, has):
+        sizes = has[dist.get_rank()] * np.diff(bucket.edges)  # of what this process's worker has
+        self.before = np.append(0, np.cumsum(sizes))
+        self.by_owner = np.diff(np.interp(bucket.cuts, bucket.edges, self.before)).astype(int).tolist()
+        self.by_worker = (has[:, bucket.inside] @ np.diff(bucket.inner)).tolist()  # of this process's slice
+        self.runs = runs(has[:, bucket.inside], bucket.inner)  # in the slice, worker by worker
 
 
 class Part:
-    """What a worker has of a bucket and trains, or has and only reads, and its way from and to the owners.
+    """What a worker has of a bucket: parameters, views of the flat `values`, first trained, then frozen
+    ones."""
 
-    Slices are cut in the order of the chunks. So what arrives in a pull, source rank by source rank, is all
-    that the worker has in the bucket's order: parameters are views of it. A push is the same the other way.
-    """
-
-    def __init__(self, bucket, has, module, names, trained, traffic, dtype):
-        """has: bool [processes, chunks], for the worker of each process; names: this worker's parameters in
-        `module`, which are on the meta device and become real; traffic: a Counter of the bytes sent."""
-        self.bucket, self.trained, self.traffic, self.rank = bucket, trained, traffic, dist.get_rank()
-        before = np.append(0, np.cumsum(has[self.rank] * np.diff(bucket.edges)))  # had before each edge
-        self.by_owner = np.diff(np.interp(bucket.cuts, bucket.edges, before)).astype(int).tolist()
-        inside = has[:, bucket.inside].astype(np.int8)  # [processes, chunks in the slice]
-        self.by_worker = (inside @ np.diff(bucket.inner)).tolist()
-        rise = np.diff(inside, axis=1, prepend=0, append=0)  # a run of chunks begins at 1 and ends before -1
-        begins, ends = (bucket.inner[np.nonzero(rise == sign)[1]].tolist() for sign in (1, -1))
-        self.runs = [(a, b) for a, b in zip(begins, ends) if a < b]  # in the slice, worker by worker
-
-        shapes = [module.get_parameter(name).shape for name in names]
-        sizes = [shape.numel() for shape in shapes]
+    def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype):
+        """trains, reads: bool [processes, chunks]; names: of the parameters of `module` that become real
+        here, trained before frozen; traffic: a Counter of the bytes sent."""
+        self.bucket, self.traffic, self.rank = bucket, traffic, dist.get_rank()
+        self.reads, self.trains = Route(bucket, reads), Route(bucket, trains)
+        trained, frozen = (runs(has[[self.rank]], self.reads.before) for has in (trains, reads & ~trains))
+        self.order = trained + frozen if trained and frozen else None  # a pull brings them mixed up
+        meta = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
+        sizes = [like.numel() for _, like in meta]
         self.values = torch.empty(sum(sizes), dtype=dtype, device=bucket.master.device)
-        self.parameters = []
-        for name, shape, view in zip(names, shapes, self.values.split(sizes)):
-            self.parameters.append(torch.nn.Parameter(view.view(shape), requires_grad=trained))
+        self.trained = []
+        for (name, like), view in zip(meta, self.values.split(sizes)):
+            parameter = torch.nn.Parameter(view.view(like.shape), requires_grad=like.requires_grad)
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, self.parameters[-1])
-        self.missing = 0  # gradients still to come in this backward pass
+            setattr(model.get_submodule(parent), leaf, parameter)
+            self.trained += [parameter] if parameter.requires_grad else []
 
     def pull(self):
-        """Start to fill the parameters with the owners' values; returns a function that waits for it."""
-        runs = [self.bucket.master[a:b] for a, b in self.runs]
-        send = torch.cat(runs).to(self.values.dtype) if runs else self.values.new_empty(0)
-        return self._exchange("pull", self.values, send, self.by_owner, self.by_worker)
-
-    def push(self):
-        """Start to send the gradients to their owners, and free them. Returns a function that waits and adds
-        up what has come, in rank order and in the owners' precision: so each run gives the same sum."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        send = torch.cat([g.flatten() for g in gradients]) if gradients else self.values.new_empty(0)
-        for parameter in self.parameters:
-            parameter.grad = None
-        received = send.new_empty(sum(self.by_worker))
-        wait = self._exchange("push", received, send, self.by_worker, self.by_owner)
+        """Start to fill the parameters with the owners' values. Returns a function that waits for it."""
+        slices = (self.bucket.master[a:b] for a, b in self.reads.runs)
+        send = torch.cat([self.bucket.master[:0], *slices]).to(self.values.dtype)
+        received = torch.empty_like(self.values) if self.order else self.values
+        wait = self._exchange("pull", received, send, self.reads.by_owner, self.reads.by_worker)
 
         def finish():
             wait()
-            for (a, b), run in zip(self.runs, received.split([b - a for a, b in self.runs])):
-                self.bucket.mean[a:b] += run
+            if self.order:
+                torch.cat([received[a:b] for a, b in self.order], out=self.values)
+
+        return finish
+
+    def push(self):
+        """Start to send the gradients, and free them. Returns a function that waits, and adds up what has
+        come to this owner in rank order and in its own precision: so each run gives the same sum."""
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
+        send = torch.cat([self.values[:0], *(gradient.flatten() for gradient in gradients)])
+        for parameter in self.trained:
+            parameter.grad = None
+        received = send.new_empty(sum(self.trains.by_worker))
+        wait = self._exchange("push", received, send, self.trains.by_worker, self.trains.by_owner)
+
+        def finish():
+            wait()
+            for (a, b), sent in zip(self.trains.runs, received.split([b - a for a, b in self.trains.runs])):
+                self.bucket.mean[a:b] += sent
 
         return finish
 
@@ -148,36 +166,31 @@ class Part:
 class Worker:
     """The module of one worker, and the order in which it pulls and pushes.
 
-    Workers have different parts, and some have nothing of a bucket, but all take part in every collective in
-    one order: pulls from the first bucket to the last, each finished just before its layer runs; pushes from
-    the last to the first, each sent as soon as its gradients are complete.
+    All take part in every collective, also who has nothing of a bucket, and in one order: pulls first bucket
+    to last, each finished just before its layer runs; pushes last to first, each sent when its gradients are
+    there.
     """
 
     def __init__(self, model, buckets, trains, reads, traffic, dtype):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.parts, self.grad_bytes = model, [], 0
-        names, modules = defaultdict(list), dict(model.named_modules())
-        for name, parameter in model.named_parameters():
-            names[bucket_of(name), parameter.requires_grad].append(name)
-        for name, bucket in buckets.items():
-            for trained, mask in ((True, trains), (False, reads & ~trains)):
-                has = bucket.has(mask, shared=trained)
-                if has.any():  # for some worker: so all ranks make the same parts
-                    self.parts.append(Part(bucket, has, model, names[name, trained], trained, traffic, dtype))
+        everything, modules = dict(model.named_parameters()), dict(model.named_modules())
+        for number, (name, bucket) in enumerate(buckets.items(), start=1):
+            own = {n: p for n, p in everything.items() if bucket_of(n) == name}
+            part = Part(bucket, bucket.has(trains), bucket.has(reads), model, own, traffic, dtype)
+            self.parts.append(part)
             if name in modules:
-                needed = len(self.parts)
-                modules[name].register_forward_pre_hook(lambda *_, needed=needed: self.fetch(needed))
-        for part in self.parts:
-            for parameter in part.parameters if part.trained else ():
+                modules[name].register_forward_pre_hook(lambda *_, number=number: self.fetch(number))
+            for parameter in part.trained:
                 parameter.register_post_accumulate_grad_hook(lambda _, part=part: self._gradient_came(part))
 
     def begin(self):
         """Allocate the parameters, if they were freed, and start to pull them."""
         for part in self.parts:
             part.values.untyped_storage().resize_(part.values.nbytes)
-            part.missing = len(part.parameters)
+            part.missing = len(part.trained)  # gradients still to come
         self.fetched, self.coming = 0, self.parts[0].pull()
-        self.unsent, self.finish_push = [part for part in self.parts if part.trained], lambda: None
+        self.unsent, self.finish_push = list(self.parts), lambda: None
 
     def fetch(self, needed):
         """Wait until so many parts are there, with the pull of the next one under way."""
@@ -193,13 +206,13 @@ class Worker:
             self._push()
 
     def _push(self):
-        alive = sum(p.grad.nbytes for part in self.unsent for p in part.parameters if p.grad is not None)
+        alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
         self.grad_bytes = max(self.grad_bytes, alive)  # only ever a maximum just before a push
         self.finish_push()  # of the bucket before: one push is under way at a time
         self.finish_push = self.unsent.pop().push()
 
     def end(self, free):
-        """Push what has not left yet, wait for the last of it, and free the parameters if that is wanted."""
+        """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
         while self.unsent:
             self._push()
         self.finish_push()
@@ -210,10 +223,9 @@ class Worker:
 class SDP:
     """Trains one model with len(mask) workers on the processes of the default group.
 
-    build: build(trained, frozen) -> module, from {layer: number of units} for both, as model.GPT takes them.
+    build: build(trained, frozen) -> module, both {layer: number of units}, as model.GPT takes them.
     initial_value: initial_value(whole model, parameter's name) -> float tensor on the CPU.
-    optimizer: optimizer(groups) -> an elementwise torch.optim.Optimizer; it is given pieces of parameters,
-        those of norms and biases in a group without weight decay.
+    optimizer: optimizer(groups) -> an elementwise torch.optim.Optimizer, on pieces of parameters.
     units, mask, mode: see masks.py; mask is bool [workers, units]. Process r plays the workers r, r + P, ...
     dtype: of weights, gradients, and what is sent. Owners keep at least float32.
     """
@@ -223,9 +235,8 @@ class SDP:
         self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
         self.traffic = Counter()  # bytes sent to other processes in all turns, for "pull" and "push"
         trains, reads = roles(mode, mask)
-
-        everything = np.ones(len(units), bool)
-        whole = self._module(everything, everything)
+        with torch.device("meta"):
+            whole = build({}, {})
         layers, columns = defaultdict(dict), defaultdict(list)
         for name, parameter in whole.named_parameters():
             layers[bucket_of(name)][name] = parameter
@@ -233,7 +244,7 @@ class SDP:
             columns[unit.layer].append(column)
         first, master = partial(initial_value, whole), torch.promote_types(dtype, torch.float32)
         self.buckets = {n: Bucket(p, columns, trains, first, master, device) for n, p in layers.items()}
-        groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]  # matrices; norms and biases
         for bucket in self.buckets.values():
             for name, piece in bucket.pieces.items():
                 groups[whole.get_parameter(name).dim() == 1]["params"].append(piece)
@@ -242,12 +253,10 @@ class SDP:
         rounds = [slice(first, first + self.processes) for first in firsts]  # the workers that play together
         self.workers = {r.start + self.rank: self._worker(trains[r], reads[r], self.traffic) for r in rounds}
 
-    def _module(self, trains, reads):
-        with torch.device("meta"):
-            return self.build(count(self.units, trains), count(self.units, reads & ~trains))
-
     def _worker(self, trains, reads, traffic):
-        model = self._module(trains[self.rank], reads[self.rank])
+        trained, frozen = (count(self.units, mask[self.rank]) for mask in (trains, reads & ~trains))
+        with torch.device("meta"):
+            model = self.build(trained, frozen)
         return Worker(model, self.buckets, trains, reads, traffic, self.dtype)
 
     @contextmanager

@@ -8,6 +8,7 @@ float64 where equality is meant.
 Reads like the project: masks, model, engine, the command line.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -465,10 +466,10 @@ def test_processes_do_not_matter(in_processes, mode, kind):
     assert (runs[0][1]["head.weight"] - runs[0][0]["head.weight"]).abs().max() > 0.01
 
 
-def cost_of_a_step(mode, kind, coverage):
+def cost_of_a_step(mode, kind, coverage, dtype):
     """Bytes that this process sends in a step, and what stays on it."""
     config = GPTConfig(context=8)
-    engine = make_engine(mode, kind, 4, coverage, config, torch.float32)
+    engine = make_engine(mode, kind, 4, coverage, config, dtype)
     (worker,) = engine.workers
     with engine.turn(worker) as model:
         model(*batch(0, worker, config=config)).backward()
@@ -494,8 +495,8 @@ def cost_of_a_step(mode, kind, coverage):
         parts["reads_by_others"] += sum(
             elements(reads, w)[here].sum().item() for w in range(4) if w != worker
         )
-    assert engine.traffic["push"] == 4 * (parts["trains"] - parts["trains_here"])
-    assert engine.traffic["pull"] == 4 * parts["reads_by_others"]
+    assert engine.traffic["push"] == dtype.itemsize * (parts["trains"] - parts["trains_here"])
+    assert engine.traffic["pull"] == dtype.itemsize * parts["reads_by_others"]
     return (
         engine.traffic["push"],
         engine.traffic["pull"],
@@ -504,27 +505,45 @@ def cost_of_a_step(mode, kind, coverage):
     )
 
 
-@pytest.mark.parametrize("coverage", [0.5, 0.75])
+@pytest.mark.parametrize("coverage, dtype", [(0.5, torch.float32), (0.75, torch.bfloat16)])
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
-def test_traffic_and_optimizer_follow_the_law(in_processes, mode, kind, coverage):
-    """Pushed and pulled: S + C (1 - S) of the halves of an all-reduce, S the shared share; optimizer: P /
-    N."""
-    of_ranks = in_processes(4, cost_of_a_step, mode, kind, coverage)
+def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, dtype):
+    """The README's tables: pushed and pulled are H = S + C (1 - S) of an all-reduce's halves, S the shared
+    share; weights H, gradients one layer's and the owner's mean, optimizer 12 / N bytes per parameter."""
+    of_ranks = in_processes(4, cost_of_a_step, mode, kind, coverage, dtype)
     units, _ = make_mask(kind, 4, coverage, GPTConfig())
     params = sum(p.numel() for p in GPT(GPTConfig()).parameters())
     maskable = sum(unit.cost for unit in units)
-    half = (1 - 1 / 4) * params * 4
+    half = (1 - 1 / 4) * params * dtype.itemsize
     law = 1 - maskable / params + coverage * maskable / params
     push, pull = (np.mean([rank[i] for rank in of_ranks]) for i in (0, 1))
     # where slices are cut inside a layer's parameters, a worker's own share of its own slice varies a little
     tolerance = 0.04 if kind == "neuron" else 1e-4
     assert push / half == pytest.approx(1 if mode == "none" else law, rel=tolerance)
     assert pull / half == pytest.approx(law if mode == "forward" else 1, rel=tolerance)
+    block = sum(p.numel() for p in GPT(GPTConfig()).blocks["0"].parameters())
     for _, _, moments, memory in of_ranks:
         assert moments == pytest.approx(params * 8 / 4, rel=1e-4)
+        assert memory["grad_bytes"] <= dtype.itemsize * block + 1.001 * 4 / 4 * params
         assert memory["optimizer_bytes"] <= 12 / 4 * (params + 4 * len(units) + 8)
     weights = np.mean([memory["weight_bytes"] for *_, memory in of_ranks])
-    assert weights == pytest.approx(4 * params * (law if mode == "forward" else 1), rel=0.01)
+    assert weights == pytest.approx(dtype.itemsize * params * (law if mode == "forward" else 1), rel=0.01)
+
+
+def validation_loss(mode, kind):
+    """train.evaluate with masks on, against the dense model on all held-out windows at once."""
+    engine = make_engine(mode, kind, 4)
+    numbers = np.random.default_rng(5).integers(0, SMALL.vocabulary, 999)
+    text = Text(numbers, numbers[::-1].copy(), SMALL.vocabulary)
+    args = argparse.Namespace(eval_batches=3, batch_size=8, context=SMALL.context)
+    expected = dense_model()(*text.validation(24, SMALL.context)).item()
+    assert abs(train.evaluate(engine, text, args, torch.device("cpu")) - expected) < 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_validation_is_of_the_whole_model(in_processes, n):
+    for mode, kind in SCHEMES:
+        in_processes(n, validation_loss, mode, kind)
 
 
 def learn(mode, dtype):

@@ -10,6 +10,7 @@ Needs masks.py, model.py, sdp.py and data.py, which are best read first.
 import json
 import math
 import os
+import tempfile
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
@@ -99,21 +100,11 @@ def check(args, processes, parser):
         )
     if args.hidden % GROUPS:
         fail(f"--hidden {args.hidden}: must be a multiple of {GROUPS}, the number of groups of neurons")
-    if args.out and os.environ.get("RANK", "0") == "0":
-        out = Path(args.out)
-        if not args.overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
-            fail(f"--out {out}: has a run already; choose another folder, or add --overwrite to replace it")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "log.jsonl").open("a").close()
-        except OSError as error:
-            fail(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can")
     try:
         text = python_text(args.data_dir)
-        if min(len(text.train), len(text.held_out)) <= args.context:
-            raise ValueError(
-                f"--context {args.context}: must be below the {len(text.held_out)} tokens held out"
-            )
+        tokens = min(len(text.train), len(text.held_out))
+        if tokens <= args.context:
+            raise ValueError(f"--context {args.context}: must be below {tokens}, the tokens that there are")
         config = GPTConfig(text.vocabulary, args.layers, args.width, args.heads, args.hidden, args.context)
         with torch.device("meta"):
             whole = GPT(config)
@@ -123,6 +114,15 @@ def check(args, processes, parser):
             mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
     except (ValueError, OSError) as error:
         fail(str(error))
+    if args.out and os.environ.get("RANK", "0") == "0":
+        out = Path(args.out)
+        if not args.overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
+            fail(f"--out {out}: has a run already; choose another folder, or add --overwrite to replace it")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        except OSError as error:
+            fail(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can")
     return whole, text, units, mask
 
 
@@ -240,7 +240,7 @@ def worker_costs(engine, worker, steps):
     turns = steps * len(engine.workers)
     return {
         "worker": worker,
-        "held_params": sum(part.values.numel() for part in parts if part.trained),
+        "held_params": sum(p.numel() for part in parts for p in part.trained),
         "weight_bytes": sum(part.values.nbytes for part in parts),
         "grad_bytes": engine.workers[worker].grad_bytes + sum(bucket.mean.nbytes for bucket in buckets),
         "optimizer_bytes": sum(t.nbytes for t in (*moments, *(bucket.master for bucket in buckets))),
