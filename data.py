@@ -63,8 +63,7 @@ def python_text(folder=None):
     train, held_out = (np.frombuffer(b"\n".join(parts[key]), dtype=np.uint8) for key in (False, True))
     if not len(train) or not len(held_out):
         raise ValueError(
-            f"--data-dir {root}: --data python needs a folder with dozens of .py files (found "
-            f"{len(parts[False])} to train on and {len(parts[True])} held out); without --data-dir it is the "
-            "standard library of the running Python"
+            f"a folder with dozens of .py files is needed, and there are {len(parts[False])} to train on and "
+            f"{len(parts[True])} held out; the default is the standard library of the running Python"
         )
     return Text(train, held_out, vocabulary=256)

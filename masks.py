@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -52,23 +52,20 @@ def assign(units, workers, holders, seed=0):
 
     Every column sums to `holders`. Within a kind whose units cost the same, the number of units that a worker
     holds differs by at most one. The worker graph is connected wherever holders >= 2 and there are units
-    enough to connect it: len(units) * (holders - 1) >= workers - 1. Among a few random deals the one with the
-    largest spectral gap is taken. Raises ValueError where some worker would hold no unit of a kind.
+    enough to connect it: len(units) * (holders - 1) >= workers - 1. Raises ValueError where some worker
+    would hold no unit of a kind.
     """
-    for kind, count in Counter(unit.kind for unit in units).items():
-        if count * holders < workers:
-            enough = math.ceil((math.ceil(workers / count) - 0.5) / workers * 1e6) / 1e6
-            raise ValueError(
-                f"--coverage: {count} units ({kind}) with {holders} of {workers} workers holding each leave "
-                f"a worker without any; a coverage of at least {enough:g} works, or fewer --workers"
-            )
+    kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
+    if fewest * holders < workers:
+        enough = math.ceil((math.ceil(workers / fewest) - 0.5) / workers * 1e6) / 1e6
+        raise ValueError(
+            f"--coverage: {fewest} units ({kind}) with {holders} of {workers} workers holding each leave a "
+            f"worker without any; a coverage of at least {enough:g} works, or fewer --workers"
+        )
     rng = np.random.default_rng([seed, workers, holders])
-    if holders == workers:
-        return np.ones((workers, len(units)), dtype=bool)
-    tries = int(np.clip(200_000 // (workers * len(units)), 1, 50))  # one is enough where there are many units
-    mask = max((deal(units, workers, holders, rng) for _ in range(tries)), key=spectral_gap)
-    if holders > 1 and len(units) * (holders - 1) >= workers - 1:
-        connect(mask, units, rng)
+    mask = deal(units, workers, holders, rng)
+    if holders < workers:
+        mix(mask, units, rng)
     return mask
 
 
@@ -80,35 +77,45 @@ def deal(units, workers, holders, rng):
     load_of_kind = {unit.kind: np.zeros(workers) for unit in units}
     for u in sorted(rng.permutation(len(units)), key=lambda u: -units[u].cost):
         of_kind = load_of_kind[units[u].kind]
-        chosen = np.lexsort((rng.random(workers), load, of_kind))[
-            :holders
-        ]  # the last key is the first criterion
+        by_load = np.lexsort((rng.random(workers), load, of_kind))  # the last key is the first criterion
+        chosen = by_load[:holders]
         mask[chosen, u] = True
         load[chosen] += units[u].cost
         of_kind[chosen] += units[u].cost
     return mask
 
 
-def connect(mask, units, rng):
-    """Join the pieces of the worker graph, in place, leaving every row's and column's sum as it is.
+def mix(mask, units, rng):
+    """Let pairs of workers swap units of a kind wherever that is no step back, in place: first to join the
+    pieces of the worker graph, until it is connected if it can be; then to widen the spectral gap and to even
+    the load. The sums of rows and columns stay as they are."""
+    workers, holders = len(mask), mask[:, 0].sum()
+    cost, kind = np.array([unit.cost for unit in units]), np.array([unit.kind for unit in units])
 
-    Two workers of different pieces swap a unit of the same kind. That joins their pieces when one of the two
-    holdings lay on a cycle of its piece, and never makes more pieces than we accept.
-    """
-    pieces = components(mask)
-    while pieces.any():
-        i, j = rng.choice(len(mask), 2, replace=False)
-        if pieces[i] == pieces[j]:
+    def judge():
+        reach, load = components(mask), mask @ cost
+        pieces = len(np.unique(reach))
+        return (-pieces, spectral_gap(mask) - 4 * load.max() / load.mean() if pieces == 1 else 0), reach
+
+    best, reach = judge()
+    tries = min(1000, 1_000_000 // workers**2)  # few where workers are many: the gap takes long, and is large
+    can_connect = len(units) * (holders - 1) >= workers - 1  # each unit is holders - 1 edges of a tree
+    while tries > 0 or (can_connect and best[0] < -1):
+        tries -= 1
+        i, j = rng.choice(workers, 2, replace=False)
+        if can_connect and best[0] < -1 and reach[i] == reach[j]:
             continue
         u = rng.choice(np.flatnonzero(mask[i]))
-        same_kind = [v for v in np.flatnonzero(mask[j]) if units[v].kind == units[u].kind]
-        v = rng.choice(same_kind)
-        mask[[i, j], [u, v]], mask[[i, j], [v, u]] = False, True
-        swapped = components(mask)
-        if len(np.unique(swapped)) <= len(np.unique(pieces)):
-            pieces = swapped
+        offers = np.flatnonzero(mask[j] & ~mask[i] & (kind == kind[u]))
+        if mask[j, u] or not len(offers):
+            continue
+        v = rng.choice(offers)
+        mask[[i, i, j, j], [u, v, u, v]] ^= True
+        after = judge()
+        if after[0] >= best:
+            best, reach = after
         else:
-            mask[[i, j], [u, v]], mask[[i, j], [v, u]] = True, False
+            mask[[i, i, j, j], [u, v, u, v]] ^= True
 
 
 def components(mask):
@@ -154,23 +161,25 @@ def roles(mode, mask):
     }[mode]
 
 
+def columns(units):
+    """{layer: the numbers of its units}, in the order of the layers; these are columns of a mask."""
+    of_layer = defaultdict(list)
+    for number, unit in enumerate(units):
+        of_layer[unit.layer].append(number)
+    return of_layer
+
+
 def count(units, row):
-    """{layer: how many of its units are set in `row`}, for a bool [units] row of a mask."""
-    held = dict.fromkeys((unit.layer for unit in units), 0)
-    for unit, is_held in zip(units, row):
-        held[unit.layer] += int(is_held)
-    return held
+    """{layer: how many of its units are set in `row`}, for a row of a mask, bool [units]."""
+    return {layer: int(row[numbers].sum()) for layer, numbers in columns(units).items()}
 
 
-def picture(mask, units, columns=120):
+def picture(mask, units, width=120):
     """The mask as text: workers across, layers down, a full square for each unit of the layer that is held.
 
-    Where the squares do not fit into so many columns, the number of units held stands in their place.
+    Where the squares do not fit into the width, the number of units held stands in their place.
     """
-    layer_of = np.array([unit.layer for unit in units])
-    held = {
-        layer: mask[:, layer_of == layer] for layer in dict.fromkeys(layer_of)
-    }  # each [workers, its units]
+    held = {layer: mask[:, numbers] for layer, numbers in columns(units).items()}  # bool [workers, its units]
     sums = {"units": mask.sum(axis=1), "parameters": mask @ np.array([unit.cost for unit in units])}
     squares = {
         layer: ["".join("█" if h else "·" for h in row) for row in rows] for layer, rows in held.items()
@@ -180,9 +189,9 @@ def picture(mask, units, columns=120):
     for body in (squares, numbers):
         table = {"worker": range(len(mask)), **body, **sums}
         cell = max(len(f"{c}") for cells in table.values() for c in cells) + 1
-        if margin + cell * len(mask) <= columns:
+        if margin + cell * len(mask) <= width:
             break
-    fit = min(len(mask), (columns - margin) // cell)
+    fit = min(len(mask), (width - margin) // cell)
     lines = [
         f"{title:{margin}}" + "".join(f"{c!s:{cell}}" for c in cells[:fit]) for title, cells in table.items()
     ]
@@ -215,9 +224,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(60)
-        else:
-            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+            time.sleep(60)  # who is still here then is alone with its error
+        print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -230,7 +238,7 @@ def at_least(least, kind=int):
         except ValueError:
             number = math.nan
         if not least <= number < math.inf:  # also where it is nan
-            whole = "whole " if kind is int else ""
+            whole = "whole " if kind is int else "finite "
             raise argparse.ArgumentTypeError(f"{text!r}: must be a {whole}number of at least {least}")
         return number
 

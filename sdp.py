@@ -28,13 +28,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from masks import count, roles
+from masks import columns, count, roles
 
 
 def bucket_of(name):
     """The bucket of a parameter: "blocks.3" for "blocks.3.mlp.up", "embedding" for "embedding.weight"."""
-    parts = name.split(".")
-    return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+    return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
 
 
 class Bucket:
@@ -44,13 +43,13 @@ class Bucket:
     other is one chunk. Chunk c is [edges[c], edges[c + 1]) and of unit[c]; -1 means that all workers have it.
     """
 
-    def __init__(self, parameters, columns, trains, initial_value, dtype, device):
-        """parameters: {name: tensor on the meta device}; columns: {layer: its columns of a mask};
+    def __init__(self, parameters, units_of_layer, trains, initial_value, dtype, device):
+        """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
         initial_value(name) is asked for parameters that reach into the slice, one after another."""
         chunk_units, sizes = [], []
         for name, parameter in parameters.items():
             prefixes = accumulate(name.split("."), "{}.{}".format)
-            units = next((columns[prefix] for prefix in prefixes if prefix in columns), [-1])
+            units = next((units_of_layer[prefix] for prefix in prefixes if prefix in units_of_layer), [-1])
             chunk_units += units
             sizes += [parameter.numel() // len(units)] * len(units)
         self.unit, self.edges = np.array(chunk_units), np.cumsum([0, *sizes])
@@ -60,7 +59,9 @@ class Bucket:
         # the chunks that reach into the slice, and their edges counted from its start
         first, last = np.searchsorted(self.edges, start, side="right") - 1, np.searchsorted(self.edges, stop)
         self.inside, self.inner = slice(first, last), self.edges[first : last + 1].clip(start, stop) - start
-        self.master = torch.empty(stop - start, dtype=dtype, device=device)
+        self.master = torch.empty(
+            stop - start, dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
         self.trainers = torch.from_numpy(self.has(trains).sum(axis=0)[self.inside]).to(device)
         self.lengths = torch.from_numpy(np.diff(self.inner)).to(device)
@@ -93,20 +94,18 @@ class Route:
     """
 
     def __init__(self, bucket, has):
-        sizes = has[dist.get_rank()] * np.diff(bucket.edges)  # of what this process's worker has
-        self.before = np.append(0, np.cumsum(sizes))
+        self.before = np.append(0, np.cumsum(has[dist.get_rank()] * np.diff(bucket.edges)))
         self.by_owner = np.diff(np.interp(bucket.cuts, bucket.edges, self.before)).astype(int).tolist()
         self.by_worker = (has[:, bucket.inside] @ np.diff(bucket.inner)).tolist()  # of this process's slice
         self.runs = runs(has[:, bucket.inside], bucket.inner)  # in the slice, worker by worker
 
 
 class Part:
-    """What a worker has of a bucket: parameters, views of the flat `values`, first trained, then frozen
-    ones."""
+    """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
 
     def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype):
-        """trains, reads: bool [processes, chunks]; names: of the parameters of `module` that become real
-        here, trained before frozen; traffic: a Counter of the bytes sent."""
+        """trains, reads: bool [processes, chunks]; parameters: {name: parameter of `model`}, on the meta
+        device until now; traffic: a Counter of the bytes sent."""
         self.bucket, self.traffic, self.rank = bucket, traffic, dist.get_rank()
         self.reads, self.trains = Route(bucket, reads), Route(bucket, trains)
         trained, frozen = (runs(has[[self.rank]], self.reads.before) for has in (trains, reads & ~trains))
@@ -150,7 +149,7 @@ class Part:
             for (a, b), sent in zip(self.trains.runs, received.split([b - a for a, b in self.trains.runs])):
                 self.bucket.mean[a:b] += sent
 
-        return finish
+        return finish, send.nbytes + received.nbytes
 
     def _exchange(self, kind, received, send, received_splits, send_splits):
         """One all_to_all. gloo takes CUDA tensors, but has been silently wrong with asynchronous work on them
@@ -166,9 +165,8 @@ class Part:
 class Worker:
     """The module of one worker, and the order in which it pulls and pushes.
 
-    All take part in every collective, also who has nothing of a bucket, and in one order: pulls first bucket
-    to last, each finished just before its layer runs; pushes last to first, each sent when its gradients are
-    there.
+    All take part in every collective, also who has nothing of a bucket, in one order: pulls first bucket to
+    last, each finished just before its layer runs; pushes last to first, each sent when its gradients are in.
     """
 
     def __init__(self, model, buckets, trains, reads, traffic, dtype):
@@ -190,7 +188,7 @@ class Worker:
             part.values.untyped_storage().resize_(part.values.nbytes)
             part.missing = len(part.trained)  # gradients still to come
         self.fetched, self.coming = 0, self.parts[0].pull()
-        self.unsent, self.finish_push = list(self.parts), lambda: None
+        self.unsent, self.finish_push, self.under_way = list(self.parts), lambda: None, 0
 
     def fetch(self, needed):
         """Wait until so many parts are there, with the pull of the next one under way."""
@@ -207,15 +205,21 @@ class Worker:
 
     def _push(self):
         alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
-        self.grad_bytes = max(self.grad_bytes, alive)  # only ever a maximum just before a push
-        self.finish_push()  # of the bucket before: one push is under way at a time
-        self.finish_push = self.unsent.pop().push()
+        part = self.unsent.pop()
+        buffers = max(
+            self.under_way, sum(p.nbytes for p in part.trained)
+        )  # on their way, or copied to be sent
+        self.grad_bytes = max(self.grad_bytes, alive + buffers)
+        self.finish_push()
+        self.finish_push = None  # frees its buffers
+        self.finish_push, self.under_way = part.push()
 
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
         while self.unsent:
             self._push()
         self.finish_push()
+        self.finish_push = None
         for part in self.parts if free else ():
             part.values.untyped_storage().resize_(0)
 
@@ -237,20 +241,17 @@ class SDP:
         trains, reads = roles(mode, mask)
         with torch.device("meta"):
             whole = build({}, {})
-        layers, columns = defaultdict(dict), defaultdict(list)
+        layers = defaultdict(dict)
         for name, parameter in whole.named_parameters():
             layers[bucket_of(name)][name] = parameter
-        for column, unit in enumerate(units):
-            columns[unit.layer].append(column)
-        first, master = partial(initial_value, whole), torch.promote_types(dtype, torch.float32)
-        self.buckets = {n: Bucket(p, columns, trains, first, master, device) for n, p in layers.items()}
+        numbers, values = columns(units), partial(initial_value, whole)
+        self.buckets = {n: Bucket(p, numbers, trains, values, dtype, device) for n, p in layers.items()}
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]  # matrices; norms and biases
         for bucket in self.buckets.values():
             for name, piece in bucket.pieces.items():
                 groups[whole.get_parameter(name).dim() == 1]["params"].append(piece)
         self.optimizer = optimizer(groups)
-        firsts = range(0, len(mask), self.processes)
-        rounds = [slice(first, first + self.processes) for first in firsts]  # the workers that play together
+        rounds = [slice(i, i + self.processes) for i in range(0, len(mask), self.processes)]
         self.workers = {r.start + self.rank: self._worker(trains[r], reads[r], self.traffic) for r in rounds}
 
     def _worker(self, trains, reads, traffic):
@@ -294,6 +295,5 @@ class SDP:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        for bucket in self.buckets.values():
-            bucket.mean.zero_()
+        self.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
         return norm, loss

@@ -50,6 +50,9 @@ def in_processes(tmp_path_factory):
     def run(n, function, *args):
         meeting = tmp_path_factory.mktemp("group") / "store"
         futures = [pool.submit(member, meeting, rank, n, function, args) for rank in range(n)]
+        errors = [future.exception() for future in futures if future.exception()]
+        for error in sorted(errors, key=lambda error: not isinstance(error, AssertionError)):
+            raise error  # what failed, rather than who then waited for it in vain
         return [future.result() for future in futures]
 
     yield run
@@ -63,10 +66,11 @@ def member(meeting, rank, n, function, args):
     )
     try:
         result = function(*args)
-        dist.barrier()  # torch 2.6 can hang when a group is destroyed right after other traffic
+        train.leave()
         return result
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---- helpers, from first principles
@@ -203,11 +207,11 @@ def test_masks_smallest_coverage_works_as_printed():
 
 
 def test_masks_cover_balance_and_connect():
-    """300 random cases: every column sums to p; loads of equal units differ by at most one, within each kind;
+    """150 random cases: every column sums to p; loads of equal units differ by at most one, within each kind;
     the worker graph is connected wherever p >= 2 and edges can suffice; the same seed gives the same mask."""
     rng = np.random.default_rng(0)
     connected = 0
-    for _ in range(300):
+    for _ in range(150):
         workers, kinds = int(rng.integers(1, 17)), int(rng.integers(1, 4))
         units = [
             Unit(f"layer{k}", f"layer{k}", 3 + k) for k in range(kinds) for _ in range(rng.integers(1, 20))
@@ -225,14 +229,14 @@ def test_masks_cover_balance_and_connect():
             assert spectral_gap(mask) > 0, (workers, units, holders, seed)
             connected += 1
         assert (assign(units, workers, holders, seed) == mask).all()
-    assert connected > 200
+    assert connected > 100
 
 
 def test_masks_connect_when_only_a_path_can():
-    units = [Unit(str(u), "unit", 1) for u in range(499)]
-    mask = assign(units, workers=500, holders=2)  # 499 units of 2 holders: a tree, and balanced means a path
+    units = [Unit(str(u), "unit", 1) for u in range(63)]
+    mask = assign(units, workers=64, holders=2)  # 63 units of 2 holders: a tree, and balanced means a path
     assert spectral_gap(mask) > 0 and (mask.sum(axis=0) == 2).all()
-    assert sorted(mask.sum(axis=1)) == [1, 1] + [2] * 498
+    assert sorted(mask.sum(axis=1)) == [1, 1] + [2] * 62
 
 
 def test_masks_spectral_gap():
@@ -453,6 +457,9 @@ def train_four_workers(mode, kind, steps=5):
             with engine.turn(worker) as model:
                 model(*batch(step, worker)).backward()
         engine.step(lr=1e-2, clip=1.0)
+    if len(engine.workers) > 1:  # nothing of a worker is left when its turn is over
+        of_workers = [part.values for worker in engine.workers.values() for part in worker.parts]
+        assert all(values.untyped_storage().nbytes() == 0 for values in of_workers)
     return first, whole_values(engine)
 
 
@@ -524,7 +531,8 @@ def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, d
     block = sum(p.numel() for p in GPT(GPTConfig()).blocks["0"].parameters())
     for _, _, moments, memory in of_ranks:
         assert moments == pytest.approx(params * 8 / 4, rel=1e-4)
-        assert memory["grad_bytes"] <= dtype.itemsize * block + 1.001 * 4 / 4 * params
+        gradients = memory["grad_bytes"] - 4 / 4 * params  # without the owner's mean
+        assert dtype.itemsize * block <= gradients + 4 * len(units) <= 3.01 * dtype.itemsize * block
         assert memory["optimizer_bytes"] <= 12 / 4 * (params + 4 * len(units) + 8)
     weights = np.mean([memory["weight_bytes"] for *_, memory in of_ranks])
     assert weights == pytest.approx(dtype.itemsize * params * (law if mode == "forward" else 1), rel=0.01)
@@ -606,7 +614,7 @@ def test_train_under_torchrun(tmp_path, mask, kind):
     done = torchrun(2, *flags, "--eval-batches", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert "mean / dense" in done.stdout and ("blocks.0" in done.stdout) == (mask != "none")
+    assert "mean / dense" in done.stdout and "blocks.0" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert [entry["tokens"] for entry in log] == [2048, 4096, 6144, 8192]
@@ -621,7 +629,14 @@ def test_train_under_torchrun(tmp_path, mask, kind):
     assert (summary["coverage"], summary["holders_per_unit"]) == (coverage, 4 * coverage)
     assert summary["spectral_gap"] > 0 and (summary["spectral_gap"] == 1) == (mask == "none")
     assert [worker["worker"] for worker in summary["per_worker"]] == [0, 1, 2, 3]
-    dense, params = summary["dense"], summary["params"]
+    dense, params, shared = (summary[key] for key in ("dense", "params", "shared_params"))
+    held = (shared + 0.5 * (params - shared)) / params  # H of the README; with --mask none all is shared
+    sent = {
+        key: np.mean([w[key] for w in summary["per_worker"]]) / dense[key]
+        for key in ("push_bytes", "pull_bytes")
+    }
+    assert sent["push_bytes"] == pytest.approx(held, rel=0.04)
+    assert sent["pull_bytes"] == pytest.approx(held if mask == "forward" else 1, rel=0.04)
     assert params == dense["held_params"] == sum(p.numel() for p in GPT(GPTConfig()).parameters())
     assert dense["optimizer_bytes"] == 8 * params and dense["push_bytes"] == dense["pull_bytes"] == 2 * params
     tokens, matrices = (
@@ -686,6 +701,20 @@ def test_train_same_data_and_result_for_other_workers(monkeypatch, tmp_path):
     assert logs[0] == pytest.approx(logs[1], abs=1e-10)
 
 
+def test_measured_counts_by_hand():
+    x, w1, w2 = (
+        torch.randn(8, 4),
+        torch.randn(4, 16, requires_grad=True),
+        torch.randn(16, 3, requires_grad=True),
+    )
+    with train.measured([w1, w2]) as cost:
+        ((x @ w1).relu() @ w2).sum().backward()
+    assert cost["activation_bytes"] == 4 * (
+        8 * 4 + 8 * 16
+    )  # x, and once what relu and the second product save
+    assert cost["flops"] == 2 * 8 * (2 * 4 * 16 + 3 * 16 * 3)  # x itself needs no gradient
+
+
 def test_learning_rate():
     args = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--lr", "1"])
     rates = [train.learning_rate(step, args) for step in range(1, 101)]
@@ -731,7 +760,7 @@ BAD = [  # flags, processes, what the one line must say
 
 @pytest.mark.parametrize("flags, processes, says", BAD, ids=[bad[0] for bad in BAD])
 def test_bad_flags_end_with_one_line(monkeypatch, capsys, flags, processes, says):
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(SystemExit) as stop:
         train.main(flags.split())
@@ -762,7 +791,7 @@ def test_bad_flags_as_real_commands():
     assert together.returncode == 1  # torchrun's own
     assert (
         together.stderr.count("error: --coverage 0") == 1
-        and "Traceback" not in together.stderr.split("torch/")[0]
+        and "Traceback" not in together.stderr.split("multiprocessing/api.py")[0]
     )
 
 

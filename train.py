@@ -102,6 +102,9 @@ def check(args, processes, parser):
         fail(f"--hidden {args.hidden}: must be a multiple of {GROUPS}, the number of groups of neurons")
     try:
         text = python_text(args.data_dir)
+    except (ValueError, OSError) as error:
+        fail(f"--data-dir {args.data_dir or '(the standard library)'}: {error}")
+    try:
         tokens = min(len(text.train), len(text.held_out))
         if tokens <= args.context:
             raise ValueError(f"--context {args.context}: must be below {tokens}, the tokens that there are")
@@ -112,13 +115,13 @@ def check(args, processes, parser):
         mask = np.ones((args.workers, len(units)), dtype=bool)
         if args.mask != "none":
             mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(str(error))
     if args.out and os.environ.get("RANK", "0") == "0":
         out = Path(args.out)
-        if not args.overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
-            fail(f"--out {out}: has a run already; choose another folder, or add --overwrite to replace it")
         try:
+            if not args.overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
+                fail(f"--out {out}: has a run already; choose another folder, or replace it by --overwrite")
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
         except OSError as error:
@@ -147,14 +150,24 @@ def start(parser):
         torch.set_num_threads(max(1, usable_cores() // local_processes))
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if dist.is_initialized():  # in a notebook, by a run that was interrupted
+        dist.destroy_process_group()
     try:
         dist.init_process_group(timeout=timedelta(minutes=10), **options)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         parser.error(
             f"the processes cannot reach each other ({str(error).splitlines()[0]}); where gloo has chosen a "
             "wrong network interface, set GLOO_SOCKET_IFNAME: on one machine to lo (Linux) or lo0 (macOS)"
         )
     return device
+
+
+def leave():
+    """End the process group, all together. Destroying it holds Python's lock, which gloo's threads need for a
+    moment after the last traffic, to free its tensors: without the pause torch 2.6 sometimes hangs here."""
+    dist.barrier()
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def agree(facts, parser):
@@ -210,9 +223,7 @@ def dense_worker(whole, rows, processes, dtype, device):
         with measured(fake.values()) as cost:
             functional_call(whole, fake, (tokens, targets)).backward()
     params = sum(p.numel() for p in whole.parameters())
-    half = round(
-        (1 - 1 / processes) * params * dtype.itemsize
-    )  # of a ring all-reduce: reduce-scatter, all-gather
+    half = round((1 - 1 / processes) * params * dtype.itemsize)  # of a ring all-reduce: what it sends, twice
     master = 4 if dtype.itemsize < 4 else 0  # a second, float32 copy of the weights in mixed precision
     return {
         "worker": None,
@@ -231,9 +242,9 @@ def dense_worker(whole, rows, processes, dtype, device):
 def worker_costs(engine, worker, steps):
     """What a worker took, from its live tensors and the real collectives, in the keys of summary.json.
 
-    Gradients: the worker's own, at their most, and the owned slices of the mean. Optimizer: the owned slices
-    of the master copy, and what the optimizer keeps for each of their elements. A process's traffic is
-    divided evenly among the workers that it played.
+    Gradients: the worker's own at their most, those on their way included, and the owned slices of the mean.
+    Optimizer: the owned slices of the master copy, and what the optimizer keeps for each of their elements. A
+    process's traffic is divided evenly among the workers that it played.
     """
     parts, buckets = engine.workers[worker].parts, engine.buckets.values()
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim() > 0]
@@ -335,7 +346,7 @@ def train(engine, text, args, device, log):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     whole, text, units, mask = check(args, processes, parser)
     device, dtype = start(parser), getattr(torch, args.dtype)
     local = {"out", "data_dir"}  # rank 0's alone, and whatever folder has the same data
@@ -358,10 +369,7 @@ def main(argv=None):
     params = sum(p.numel() for p in whole.parameters())
     shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
     if engine.rank == 0:
-        if args.mask == "none":
-            print(f"--mask none: each of the {args.workers} workers holds everything")
-        else:
-            print(describe(mask, units, args.coverage))
+        print(describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
         print(
             f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
@@ -381,8 +389,7 @@ def main(argv=None):
     own = [worker_costs(engine, worker, args.steps) | costs[worker] for worker in engine.workers]
     of_all = [None] * processes
     dist.all_gather_object(of_all, own)
-    dist.barrier()  # torch 2.6 can hang when a group is destroyed right after other traffic
-    dist.destroy_process_group()
+    leave()
     if engine.rank == 0:
         per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
         dense = dense_worker(whole, args.batch_size // args.workers, processes, dtype, device)
