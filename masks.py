@@ -2,7 +2,8 @@
 
 A *unit* is the smallest thing that a mask switches: a residual block, an attention head, a group of hidden
 neurons. A mask is a boolean array [workers, units]; each unit has exactly `holders` holders among the
-workers, and the workers hold equally much. Nothing here knows about torch or about processes.
+workers, and the workers hold equally much. Nothing here knows about torch. At the end stands the parser of
+command lines, which all commands of this project use.
 
     python masks.py --workers 8 --count 12 --coverage 0.375
 
@@ -51,9 +52,9 @@ def assign(units, workers, holders, seed=0):
     """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
 
     Every column sums to `holders`. Within a kind whose units cost the same, the number of units that a worker
-    holds differs by at most one. The worker graph is connected wherever holders >= 2 and there are units
-    enough to connect it: len(units) * (holders - 1) >= workers - 1. Raises ValueError where some worker
-    would hold no unit of a kind.
+    holds differs by at most one. The worker graph, in which workers are joined by the units that they share,
+    is connected wherever holders >= 2 and there are units enough: len(units) * (holders - 1) >= workers - 1.
+    Raises ValueError where some worker would hold no unit of a kind.
     """
     kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
     if fewest * holders < workers:
@@ -86,16 +87,16 @@ def deal(units, workers, holders, rng):
 
 
 def mix(mask, units, rng):
-    """Let pairs of workers swap units of a kind wherever that is no step back, in place: first to join the
-    pieces of the worker graph, until it is connected if it can be; then to widen the spectral gap and to even
-    the load. The sums of rows and columns stay as they are."""
+    """Let pairs of workers swap units of a kind wherever that is no step back, in place: first until the
+    worker graph is connected, if it can be; then to widen the spectral gap and to even the load. The sums of
+    rows and columns stay as they are."""
     workers, holders = len(mask), mask[:, 0].sum()
     cost, kind = np.array([unit.cost for unit in units]), np.array([unit.kind for unit in units])
 
     def judge():
         reach, load = components(mask), mask @ cost
-        pieces = len(np.unique(reach))
-        return (-pieces, spectral_gap(mask) - 4 * load.max() / load.mean() if pieces == 1 else 0), reach
+        groups = len(np.unique(reach))
+        return (-groups, spectral_gap(mask) - 4 * load.max() / load.mean() if groups == 1 else 0), reach
 
     best, reach = judge()
     tries = min(1000, 1_000_000 // workers**2)  # few where workers are many: the gap takes long, and is large
@@ -204,8 +205,8 @@ def describe(mask, units, asked):
     """The picture, then the coverage that was asked and given, how even the load is, and the spectral gap."""
     workers, holders = len(mask), int(mask[:, 0].sum())
     cost = mask @ np.array([unit.cost for unit in units])
-    pieces = len(np.unique(components(mask)))
-    together = "all workers are connected" if pieces == 1 else f"{pieces} groups of workers share no unit"
+    groups = len(np.unique(components(mask)))
+    together = "all workers are connected" if groups == 1 else f"{groups} groups of workers share no unit"
     return (
         f"{picture(mask, units)}\n"
         f"coverage: asked {asked:g}, given {holders / workers:g}"
@@ -218,12 +219,12 @@ def describe(mask, units, asked):
 class Parser(argparse.ArgumentParser):
     """argparse, with bad input answered by one line on stderr and exit code 2.
 
-    Under torchrun rank 0 speaks and exits. The others wait for torchrun to end them: if one of them left
-    first, torchrun would end rank 0 before it has spoken.
+    Under torchrun the first process of each machine speaks and exits. The others wait for torchrun to end
+    them: if one of them left first, torchrun would end the first before it has spoken.
     """
 
     def error(self, message):
-        if int(os.environ.get("RANK", "0")) > 0:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) > 0:
             time.sleep(60)  # who is still here then is alone with its error
         print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,10 +1,9 @@
 """The models, with layers that can be built from any of their units.
 
-A layer whose output is a sum over units (an attention over its heads, an MLP over its groups of hidden
-neurons) is a `Branch`: it is built with the *number* of units that a worker trains, and computes, in the same
-way for all of them. Units of a layer are interchangeable, so which ones they are is only known to sdp.py,
-which fills the parameters. Every maskable parameter has its unit dimension first; a unit is a run of whole
-rows.
+An attention is a sum over its heads, an MLP over its groups of hidden neurons. Such a layer is a `Branch`: it
+is built for any *number* of its units, because they are all of one shape. Which ones they are is known to
+sdp.py alone, which fills the parameters. Every maskable parameter has its units in its first dimension, one
+after another, so that a unit is a run of whole rows.
 
 Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves parameters and gradients.
 """
@@ -136,7 +135,9 @@ class GPT(nn.Module):
     """A LLaMA-style language model, or what one worker has of it.
 
     trained, frozen: {layer: number of units} as `masks.count` gives them, for the layers that `units_of`
-    names; layers that are not named are whole and trained. A block none of whose units is there is not there.
+    names; layers that are not named are whole and trained. With block units {"blocks.0": 1, "blocks.1": 0}: a
+    block that is neither trained nor frozen does not exist here. With neuron units {"blocks.0.attention": 2,
+    "blocks.0.mlp": 8, ...}: in each block some of the heads and of the groups of neurons.
     """
 
     def __init__(self, config, trained=None, frozen=None):

@@ -32,7 +32,7 @@ import train
 from data import Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
 from model import GPT, GROUPS, GPTConfig, initial_value, units_of
-from sdp import SDP, bucket_of
+from sdp import SDP, Bucket, Route, bucket_of
 
 HERE = Path(__file__).parent
 SMALL = GPTConfig(vocabulary=50, layers=4, width=16, heads=4, hidden=32, context=8)
@@ -322,6 +322,31 @@ def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
 
 
 # ---- the engine
+
+
+def worked_example():
+    """The example in the README's section on the files."""
+    parameters = {"blocks.0.norm.weight": torch.zeros(3), "blocks.0.mlp.w": torch.zeros(2, 4)}
+    mask = np.array([[True, False], [False, True]])
+    bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, mask, parameters.get, torch.float32, "cpu")
+    route = Route(bucket, bucket.has(mask))
+    inside = list(range(*bucket.inside.indices(3)))
+    tables = [list(table) for table in (bucket.edges, bucket.unit, bucket.cuts, inside, bucket.inner)]
+    return *tables, route.by_owner, route.by_worker, route.runs
+
+
+def test_the_worked_example(in_processes):
+    rank0, _ = in_processes(2, worked_example)
+    assert rank0 == (
+        [0, 3, 7, 11],
+        [-1, 0, 1],
+        [0, 6, 11],
+        [0, 1],
+        [0, 3, 6],
+        [6, 1],
+        [6, 3],
+        [(0, 6), (0, 3)],
+    )
 
 
 def none_and_ddp():
@@ -800,7 +825,7 @@ def test_flags_that_differ_between_processes():
     ranks = []
     for rank, lr in enumerate(("0.1", "0.2")):
         environment = clean_environment(
-            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29765"
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29765"
         )
         command = [sys.executable, "train.py", *TINY, "--steps", "1", "--lr", lr]
         ranks.append(subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True))

@@ -78,13 +78,8 @@ def check(args, processes, parser):
     """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
     (the whole model on the meta device, text, units, mask)."""
     fail = parser.error
-    if processes == 1 and args.mask != "none":
-        if args.workers is None:
-            args.workers = 4
-            print("one process and no --workers: it plays 4 workers, one after another")
-        elif args.workers == 1:
-            print("--workers 1: one worker holds everything, whatever the mask")
-    args.workers = args.workers or processes
+    alone, unasked = processes == 1 and args.mask != "none", args.workers is None
+    args.workers = args.workers or (4 if alone else processes)
     if args.workers % processes:
         fail(f"--workers {args.workers}: must be a multiple of the {processes} processes")
     if args.batch_size % args.workers:
@@ -126,6 +121,10 @@ def check(args, processes, parser):
             tempfile.TemporaryFile(dir=out).close()
         except OSError as error:
             fail(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can")
+    if alone and unasked:
+        print(f"one process and no --workers: it plays {args.workers} workers, one after another")
+    elif alone and args.workers == 1:
+        print("--workers 1: one worker holds everything, whatever the mask")
     return whole, text, units, mask
 
 
@@ -374,7 +373,8 @@ def main(argv=None):
             f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
             f"a step is {args.batch_size} sequences of {args.context} tokens\n"
-            "loss: the mean over the workers, each on its own subnetwork; val_loss: of the whole model",
+            "loss: the mean over the workers, each on its own sequences"
+            f"{' and subnetwork' if args.mask == 'forward' else ''}; val_loss: of the whole model",
             flush=True,
         )
 
@@ -394,6 +394,11 @@ def main(argv=None):
         per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
         dense = dense_worker(whole, args.batch_size // args.workers, processes, dtype, device)
         print(table(per_worker, dense))
+        if args.workers > processes:
+            print(
+                f"A process plays {args.workers // processes} workers, one after another: its master, "
+                "optimizer and mean gradient serve them all; what is pushed and pulled is for one."
+            )
         summary = {
             "config": vars(args),
             "workers": args.workers,
