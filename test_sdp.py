@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -679,6 +680,36 @@ def test_train_under_torchrun(tmp_path, mask, kind):
         else:
             assert flops < {"backward": 0.88, "forward": 0.6}[mask] and saved < 0.95
             assert worker["held_params"] == pytest.approx((params + summary["shared_params"]) / 2, rel=1e-3)
+
+
+def test_train_on_two_machines(tmp_path):
+    """Two torchrun agents that meet over a c10d rendezvous; here both are on this host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--rdzv-id",
+        "sdp",
+        "train.py",
+    ]
+    command += [*TINY, "--steps", "2", "--out", str(tmp_path)]
+    options = {
+        "cwd": HERE,
+        "env": clean_environment(),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
+    agents = [subprocess.Popen(command, text=True, **options) for _ in range(2)]
+    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum("mean / dense" in text for text in said) == 1  # rank 0 speaks, on one of them
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["workers"], summary["processes"]) == (2, 2)
 
 
 def test_train_alone_plays_four_workers(tmp_path):
