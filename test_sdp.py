@@ -234,10 +234,18 @@ def test_masks_cover_balance_and_connect():
 
 
 def test_masks_connect_when_only_a_path_can():
-    units = [Unit(str(u), "unit", 1) for u in range(299)]
-    mask = assign(units, workers=300, holders=2)  # 299 units of 2 holders: a tree, and balanced means a path
+    units = [Unit(str(u), "unit", 1) for u in range(63)]
+    mask = assign(units, workers=64, holders=2)  # 63 units of 2 holders: a tree, and balanced means a path
     assert spectral_gap(mask) > 0 and (mask.sum(axis=0) == 2).all()
-    assert sorted(mask.sum(axis=1)) == [1, 1] + [2] * 298
+    assert sorted(mask.sum(axis=1)) == [1, 1] + [2] * 62
+
+
+def test_masks_join_what_is_apart():
+    """A hundred pairs of workers, each sharing its two units with nobody else, get connected by swaps alone."""
+    mask = np.kron(np.eye(100, dtype=bool), np.ones((2, 2), bool))  # [200 workers, 200 units]
+    masks.mix(mask, [Unit(str(u), "unit", 1) for u in range(200)], np.random.default_rng(0))
+    assert not masks.components(mask).any()
+    assert (mask.sum(axis=0) == 2).all() and (mask.sum(axis=1) == 2).all()
 
 
 def test_masks_spectral_gap():
