@@ -241,7 +241,7 @@ def test_masks_connect_when_only_a_path_can():
 
 
 def test_masks_join_what_is_apart():
-    """A hundred pairs of workers, each sharing its two units with nobody else, get connected by swaps alone."""
+    """A hundred pairs of workers that share their two units with nobody else: swaps connect them."""
     mask = np.kron(np.eye(100, dtype=bool), np.ones((2, 2), bool))  # [200 workers, 200 units]
     masks.mix(mask, [Unit(str(u), "unit", 1) for u in range(200)], np.random.default_rng(0))
     assert not masks.components(mask).any()
@@ -604,8 +604,7 @@ def learn(mode, dtype):
 
 @pytest.mark.parametrize("mode", ["none", "backward", "forward"])
 def test_bfloat16_learns_like_float32(in_processes, mode):
-    """bfloat16 weights, gradients and traffic over a float32 master: much the same curve, from 4 nats to
-    0.3."""
+    """bfloat16 weights, gradients and traffic over a float32 master: much the same curve."""
     (exact, _), (rounded, _) = (in_processes(2, learn, mode, d) for d in (torch.float32, torch.bfloat16))
     assert exact[-1] < 0.3 * exact[0]
     np.testing.assert_allclose(rounded, exact, atol=0.25)
@@ -623,18 +622,17 @@ def clean_environment(**more):
 
 
 def torchrun(n, *arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(n),
-        "train.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command += ["train.py", *arguments]
     return subprocess.run(
-        [*command, *arguments], cwd=HERE, capture_output=True, text=True, timeout=120, env=clean_environment()
+        command, cwd=HERE, capture_output=True, text=True, timeout=120, env=clean_environment()
     )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
 
 
 PER_WORKER = {"worker", "held_params", "weight_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes"}
@@ -861,10 +859,10 @@ def test_bad_flags_as_real_commands():
 
 def test_flags_that_differ_between_processes():
     """Two processes started by hand, as on two machines: rank 0 names the flag."""
-    ranks = []
+    ranks, port = [], free_port()
     for rank, lr in enumerate(("0.1", "0.2")):
         environment = clean_environment(
-            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29765"
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
         command = [sys.executable, "train.py", *TINY, "--steps", "1", "--lr", lr]
         ranks.append(subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True))
