@@ -89,14 +89,17 @@ def deal(units, workers, holders, rng):
 def mix(mask, units, rng):
     """Let pairs of workers swap units of a kind wherever that is no step back, in place: first until the
     worker graph is connected, if it can be; then to widen the spectral gap and to even the load. The sums of
-    rows and columns stay as they are."""
+    columns stay as they are, and those of rows too, within each kind whose units cost the same; where they
+    differ (the stages of a ResNet) a worker may also give a unit away and take none."""
     workers, holders = len(mask), mask[:, 0].sum()
     cost, kind = np.array([unit.cost for unit in units]), np.array([unit.kind for unit in units])
+    uneven = {k for k in dict.fromkeys(kind) if len(set(cost[kind == k])) > 1}
 
     def judge():
         reach, load = components(mask), mask @ cost
         groups = len(np.unique(reach))
-        return (-groups, spectral_gap(mask) - 4 * load.max() / load.mean() if groups == 1 else 0), reach
+        excess = max(0, load.max() / load.mean() - 1.1)  # a tenth above the mean is free, more is dear
+        return (-groups, spectral_gap(mask) - 4 * excess if groups == 1 else 0), reach
 
     best, reach = judge()
     tries = min(1000, 1_000_000 // workers**2)  # few where workers are many: the gap takes long, and is large
@@ -110,13 +113,15 @@ def mix(mask, units, rng):
         offers = np.flatnonzero(mask[j] & ~mask[i] & (kind == kind[u]))
         if mask[j, u] or not len(offers):
             continue
-        v = rng.choice(offers)
-        mask[[i, i, j, j], [u, v, u, v]] ^= True
+        swap = [u, rng.choice(offers)]
+        if kind[u] in uneven and rng.random() < 0.3 and (kind[mask[i]] == kind[u]).sum() > 1:
+            swap = [u]  # i gives it away and takes nothing
+        mask[np.ix_([i, j], swap)] ^= True
         after = judge()
         if after[0] >= best:
             best, reach = after
         else:
-            mask[[i, i, j, j], [u, v, u, v]] ^= True
+            mask[np.ix_([i, j], swap)] ^= True
 
 
 def components(mask):

@@ -248,6 +248,21 @@ def test_masks_join_what_is_apart():
     assert (mask.sum(axis=0) == 2).all() and (mask.sum(axis=1) == 2).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_balance_cost_where_blocks_differ(seed):
+    """The blocks of a ResNet-18: each to the least loaded would balance, and split the workers into two
+    cliques."""
+    width = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+    units = [
+        Unit(f"blocks.{i}", "block", 9 * b * (a + b) + 4 * b)
+        for i, (a, b) in enumerate(zip(width, width[1:]))
+    ]
+    mask = assign(units, workers=8, holders=4, seed=seed)
+    load = mask @ np.array([unit.cost for unit in units])
+    assert (mask.sum(axis=0) == 4).all() and mask.any(axis=1).all()
+    assert load.max() / load.mean() < 1.15 and spectral_gap(mask) > 0.3
+
+
 def test_masks_spectral_gap():
     assert spectral_gap(np.ones((5, 7), bool)) == 1
     cliques = np.zeros((4, 6), bool)
