@@ -31,13 +31,18 @@ class Unit(NamedTuple):
     cost: int  # parameters
 
 
+def check_coverage(coverage):
+    """Raises ValueError where a coverage is not in (0, 1]."""
+    if not 0 < coverage <= 1:
+        raise ValueError(f"--coverage {coverage:g}: must be above 0 and at most 1, such as 0.5")
+
+
 def holders_per_unit(coverage, workers):
     """p = floor(C N + 1/2), the number of workers that hold each unit, for a coverage C in (0, 1].
 
     Not round(): Python rounds halves to even, so round(0.5) is 0. Raises ValueError where p would be 0.
     """
-    if not 0 < coverage <= 1:
-        raise ValueError(f"--coverage {coverage:g}: must be above 0 and at most 1, such as 0.5")
+    check_coverage(coverage)
     holders = math.floor(coverage * workers + 0.5)
     if holders == 0:
         smallest = math.ceil(500_000 / workers) / 1_000_000  # 1/(2N), rounded up so that it works as printed

@@ -805,6 +805,7 @@ BAD = [  # flags, processes, what the one line must say
     ("--coverage 0", 1, ("--coverage 0", "at most 1")),
     ("--coverage 1.5", 1, ("--coverage 1.5", "at most 1")),
     ("--coverage nan", 1, ("--coverage nan", "at most 1")),
+    ("--coverage 2 --mask none", 1, ("--coverage 2", "at most 1")),
     ("--coverage half", 1, ("--coverage", "half")),
     ("--coverage 0.1", 1, ("--coverage 0.1", "0.125")),
     ("--coverage 0.3 --layers 2", 1, ("--coverage", "0.375")),

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 from data import python_text
-from masks import MODES, Parser, assign, at_least, describe, holders_per_unit, spectral_gap
+from masks import MODES, Parser, assign, at_least, check_coverage, describe, holders_per_unit, spectral_gap
 from model import GPT, GROUPS, GPTConfig, initial_value, units_of
 from sdp import SDP
 
@@ -108,6 +108,7 @@ def check(args, processes, parser):
             whole = GPT(config)
         units = units_of(whole, args.units)
         mask = np.ones((args.workers, len(units)), dtype=bool)
+        check_coverage(args.coverage)  # also where it decides nothing
         if args.mask != "none":
             mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
     except ValueError as error:
