@@ -1,54 +1,82 @@
-"""What is learnt: text as bytes, cut into batches that depend only on (seed, step).
+"""What is learnt: batches of text or of images, which depend only on (seed, step).
 
-`python`: the .py files of the running Python's standard library, about 11 MB of real text that every machine
-already has. No worker, process or mask enters the choice of a batch: every process computes the whole batch
-of a step, and a worker takes its rows of it. So runs with other numbers of workers see the same data.
+    python data.py cifar10                          # or cifar100: download, check and unpack it
+    python data.py imagenet --src DIR --size 224    # make arrays of folders of JPEGs (needs Pillow)
 
-Needs numpy and torch. Read next: train.py, the loop that uses it.
+No worker, process or mask enters the choice of a batch: all random numbers of a step are drawn for the whole
+batch, and a worker takes its rows of it. So runs with other numbers of workers see the same data.
+
+Needs numpy, torch and tqdm, and the parser of masks.py. Read next: train.py, the loop that uses it.
 """
 
 import hashlib
+import json
 import os
+import pickle
 import sysconfig
+import tarfile
+import time
+import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from masks import Parser, at_least
+
+# ---- text
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders
 HELD_OUT = 13  # of 256, the share of the files that make the validation set
 
 
 class Text:
-    """Tokens to train on and tokens held out, each a 1-D integer array; `vocabulary` is the number of
-    tokens."""
+    """Tokens to train on and tokens held out, each a 1-D integer array, in windows of `context` tokens.
 
-    def __init__(self, train, held_out, vocabulary):
-        self.train, self.held_out, self.vocabulary = train, held_out, vocabulary
+    shape: what a model must know; rows: of how many windows an epoch consists; tests: how many there are to
+    validate, evenly spaced over the held-out tokens. Raises ValueError where there are not enough tokens.
+    """
 
-    def batch(self, seed, step, size, context):
-        """The batch of a step: `size` random windows as (tokens, targets), each int64 (size, context)."""
-        starts = np.random.default_rng([seed, step]).integers(0, len(self.train) - context, size)
-        return windows(self.train, starts, context)
+    def __init__(self, train, held_out, vocabulary, context, tests=1):
+        tokens = min(len(train), len(held_out))
+        if tokens <= context:
+            raise ValueError(f"--context {context}: must be below {tokens}, the tokens that there are")
+        self.train, self.held_out, self.context, self.tests = train, held_out, context, tests
+        self.shape = {"vocabulary": vocabulary, "context": context}
+        self.rows = len(train) // context
 
-    def validation(self, number, context):
-        """`number` evenly spaced windows of the held-out tokens, as (tokens, targets) like a batch."""
-        starts = np.linspace(0, len(self.held_out) - context - 1, number).astype(np.int64)
-        return windows(self.held_out, starts, context)
+    def batch(self, seed, step, size, rows=slice(None), device="cpu"):
+        """Those rows of a step's batch of `size` random windows: (tokens, targets), int64 (rows, context)."""
+        starts = np.random.default_rng([seed, step]).integers(0, len(self.train) - self.context, size)
+        return windows(self.train, starts[rows], self.context, device)
+
+    def validation(self, rows, device="cpu"):
+        """Those of the windows to validate, as (tokens, targets) like a batch."""
+        starts = np.linspace(0, len(self.held_out) - self.context - 1, self.tests).astype(np.int64)
+        return windows(self.held_out, starts[rows], self.context, device)
+
+    def to(self, device):
+        return self  # windows are cut on the CPU
 
     def fingerprint(self):
         """A number by which processes find out whether they train on the same data."""
         return zlib.crc32(self.held_out, zlib.crc32(self.train))
 
 
-def windows(tokens, starts, context):
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]  # each (len(starts), context)
+def windows(tokens, starts, context, device):
+    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # each (len(starts), context)
 
 
-def python_text(folder=None):
-    """The bytes of the .py files under `folder`, by default the standard library without its tests.
+def python_text(folder=None, context=128, tests=1):
+    """The bytes of the .py files under `folder`, by default the running Python's standard library without its
+    tests: about 11 MB of real text that every machine already has.
 
     A file is held out for validation by a hash of its path relative to the folder, so the split is the same
     wherever the folder lies. Raises ValueError where there are too few files for both parts.
@@ -63,7 +91,375 @@ def python_text(folder=None):
     train, held_out = (np.frombuffer(b"\n".join(parts[key]), dtype=np.uint8) for key in (False, True))
     if not len(train) or not len(held_out):
         raise ValueError(
-            f"a folder with dozens of .py files is needed, and there are {len(parts[False])} to train on and "
-            f"{len(parts[True])} held out; the default is the standard library of the running Python"
+            f"--data-dir {folder or '(the standard library)'}: a folder with dozens of .py files is needed, and "
+            f"there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is the "
+            "standard library of the running Python"
         )
-    return Text(train, held_out, vocabulary=256)
+    return Text(train, held_out, 256, context, tests)
+
+
+# ---- images
+
+
+class Images:
+    """Images to train on and to test on: uint8 (n, 3, side, side), arrays in memory or memory-mapped, and
+    labels, int64 (n,). Training sees random crops of `size` pixels, the test central ones.
+
+    shape, rows, tests: see Text; mean, std: of the three channels, of 255. `crop` draws where to crop.
+    """
+
+    def __init__(self, train, labels, test, test_labels, classes, size, mean, std, crop):
+        self.train, self.labels, self.test, self.test_labels = train, labels, test, test_labels
+        self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+        self.crop, self.size, self.shape = crop, size, {"classes": classes, "image": size}
+        self.rows, self.tests = len(train), len(test)
+
+    def to(self, device):
+        """Keep the images to train on in the memory of an accelerator, if they take at most half of what is
+        free there: then nothing but row numbers has to travel."""
+        if device.type == "cuda" and self.train.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.train = torch.from_numpy(self.train).to(device)
+        return self
+
+    def batch(self, seed, step, size, rows=slice(None), device="cpu"):
+        """Those rows of a step's batch, cropped and perhaps mirrored: images, float32 (rows, 3, size, size),
+        and labels, int64 (rows,). Each epoch goes through all images, in an order of its own. Step 0, which no
+        training has, comes from before the first epoch."""
+        places = np.arange((step - 1) * size, step * size)
+        epochs = (places // self.rows) % 2**32
+        chosen = np.empty(size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen[epochs == epoch] = shuffled(seed, int(epoch), self.rows)[
+                places[epochs == epoch] % self.rows
+            ]
+        rng = np.random.default_rng([seed, step])
+        boxes = self.crop(rng, size, self.train.shape[-1], self.size)  # for the whole batch
+        boxes[:, 2] *= rng.choice([-1, 1], size)  # mirrored
+        return self._cut(self.train, chosen[rows], boxes[rows], device), self._pick(
+            self.labels, chosen[rows], device
+        )
+
+    def validation(self, rows, device="cpu"):
+        """Those of the test images and their labels, like a batch."""
+        chosen = np.arange(self.tests)[rows]
+        scale = self.size / self.test.shape[-1]
+        boxes = np.tile([0, 0, scale, scale], (len(chosen), 1))
+        return self._cut(self.test, chosen, boxes, device), self._pick(self.test_labels, chosen, device)
+
+    def _pick(self, array, rows, device):
+        if isinstance(array, np.ndarray):
+            return torch.from_numpy(array[rows]).to(device)
+        return array[torch.from_numpy(rows).to(array.device)]
+
+    def _cut(self, images, rows, boxes, device):
+        """boxes: (B, 4), centre x, y and scales x, y, where an image reaches from -1 to 1; a negative scale
+        mirrors. What lies outside of the image becomes its mean colour."""
+        x = (self._pick(images, rows, device).float() - self.mean.to(device)) / self.std.to(device)
+        x_centre, y_centre, x_scale, y_scale = torch.from_numpy(boxes).to(x).unbind(1)
+        zero = torch.zeros_like(x_scale)
+        theta = torch.stack([x_scale, zero, x_centre, zero, y_scale, y_centre], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, (len(x), 3, self.size, self.size), align_corners=False)
+        return F.grid_sample(x, grid, align_corners=False)  # (B, 3, size, size)
+
+    def fingerprint(self):
+        """Of all labels and a few images: ImageNet is too large to be read at each start."""
+        found = zlib.crc32(self.test_labels, zlib.crc32(self.labels))
+        for images in (self.train, self.test):
+            for row in np.linspace(0, len(images) - 1, 50).astype(int):
+                found = zlib.crc32(np.ascontiguousarray(images[row]), found)
+        return found
+
+
+@lru_cache(2)  # a batch reaches into two epochs at most, unless it is larger than one
+def shuffled(seed, epoch, rows):
+    return np.random.default_rng([seed, epoch, 1]).permutation(rows)
+
+
+def shifted(rng, number, side, size):
+    """Boxes for small images (see Images._cut): moved by up to an eighth, 4 of 32 pixels, in each direction."""
+    pixels = rng.integers(-(side // 8), side // 8 + 1, (number, 2))
+    return np.column_stack([pixels * 2 / side, np.ones((number, 2))])
+
+
+def resized(rng, number, side, size):
+    """Boxes as of Inception (https://arxiv.org/abs/1409.4842): a quarter to all of the area, 3/4 to 4/3 as wide
+    as high. A quarter instead of 8 %: better for short training."""
+    area, ratio = rng.uniform(0.25, 1, number), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), number))
+    scale = np.minimum(
+        1, np.sqrt(np.column_stack([area * ratio, area / ratio]))
+    )  # of the width, of the height
+    return np.column_stack([rng.uniform(-1, 1, (number, 2)) * (1 - scale), scale])
+
+
+# ---- CIFAR
+
+
+class Cifar(NamedTuple):
+    """One of the official archives, "python version" (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+
+    folder: str
+    archive: str
+    md5: str
+    train: tuple  # files in the folder
+    test: str
+    label: str  # key of the labels in a file
+    classes: int
+
+
+CIFAR = {
+    "cifar10": Cifar(
+        "cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
+        tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "labels", 10,
+    ),
+    "cifar100": Cifar(
+        "cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+        ("train",), "test", "fine_labels", 100,
+    ),
+}  # fmt: skip
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+
+
+def cifar(name, data_dir="datasets", url=None):
+    """CIFAR-10 or CIFAR-100 from its official files: in `data_dir`, or downloaded to it from `url`, a mirror of
+    the archive. Under torchrun one process of each machine downloads, and the others wait for it. Raises
+    ValueError, in one line, where there is nothing to be had or the files are not what they should be."""
+    source, data_dir = CIFAR[name], Path(data_dir)
+    folder = data_dir if data_dir.name == source.folder else data_dir / source.folder
+    while not folder.exists() and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(0.5)  # the folder gets its name when it is complete; torchrun ends who waits in vain
+    if not folder.exists():
+        unpack(source, download(source, folder.parent, url), folder)
+    batches = [read_cifar(folder / file, source) for file in (*source.train, source.test)]
+    *train, (test, test_labels) = batches
+    images, labels = (np.concatenate(arrays) for arrays in zip(*train))
+    mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+    return Images(images, labels, test, test_labels, source.classes, 32, mean, std, shifted)
+
+
+def download(source, folder, url=None):
+    """The archive's path in `folder`, downloaded if it is not there, in any case with the right MD5."""
+    path, url = folder / source.archive, url or CIFAR_URL + source.archive
+    if not path.exists():
+        part = path.with_name(f"{path.name}.part{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if url.startswith(CIFAR_URL):
+                print(f"from {CIFAR_URL} this can take an hour; --data-url names a mirror", flush=True)
+            with urllib.request.urlopen(url, timeout=30) as reply, part.open("wb") as file:
+                size = int(reply.headers.get("Content-Length", 0)) or None
+                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while block := reply.read(1 << 16):
+                        bar.update(file.write(block))
+            part.rename(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{url}: could not be downloaded ({error}); put {source.archive} or the folder "
+                f"{source.folder} into {folder}, or name a mirror of the archive by --data-url"
+            ) from None
+        finally:
+            part.unlink(missing_ok=True)
+    found = hashlib.md5(path.read_bytes()).hexdigest()
+    if found != source.md5:
+        raise ValueError(f"{path}: MD5 is {found} and should be {source.md5}; delete it and load it again")
+    return path
+
+
+def unpack(source, archive, folder):
+    """Write the files that we know by name, and nothing else of what an archive may contain."""
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    part.mkdir()
+    try:
+        with tarfile.open(archive) as tar:
+            for name in (*source.train, source.test):
+                (part / name).write_bytes(tar.extractfile(f"{source.folder}/{name}").read())
+        part.rename(folder)
+    except (tarfile.TarError, KeyError, AttributeError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{archive}: cannot be unpacked to {folder} ({error})") from None
+    finally:
+        for leftover in part.glob("*"):
+            leftover.unlink()
+        if part.exists():
+            part.rmdir()
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and plain containers, and can call nothing else that a pickle may name."""
+
+    def find_class(self, module, name):
+        if (module, name) in (("_codecs", "encode"), ("numpy", "dtype")):
+            return super().find_class(module, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return None  # is only handed to _reconstruct, not called
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *_: np.empty(0, np.uint8)  # an array without content, which follows
+        raise pickle.UnpicklingError(f"contains {module}.{name}")
+
+
+def read_cifar(path, source):
+    """(images, uint8 (n, 3, 32, 32); labels, int64 (n,)) of one file."""
+    try:
+        with path.open("rb") as file:
+            content = ArrayUnpickler(file, encoding="bytes").load()
+        content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+        images, labels = content["data"], np.array(content[source.label], dtype=np.int64)
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32) or not len(labels):
+            raise ValueError(f"images of {images.dtype} {images.shape} for {len(labels)} labels")
+        if labels.min() < 0 or labels.max() >= source.classes:
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+    except Exception as error:  # what a damaged pickle raises could be anything
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path}: is not a file of {source.archive} ({reason}); delete {path.parent} and load it again"
+        ) from None
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+# ---- ImageNet
+
+ENDINGS = (".jpeg", ".jpg", ".png")
+
+
+def imagenet(folder):
+    """The arrays that `python data.py imagenet` has written to `folder`, memory-mapped. Raises ValueError."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        size, classes = about["size"], about["classes"]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "val")]
+        labels = [np.load(folder / f"{name}-labels.npy") for name in ("train", "val")]
+        for images, of_images in zip(arrays, labels):
+            n, side = len(of_images), about["side"]
+            if (
+                images.dtype != np.uint8
+                or images.shape != (n, 3, side, side)
+                or of_images.max() >= len(classes)
+            ):
+                raise ValueError(f"images of {images.dtype} {images.shape} for {n} labels, {side} pixels")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--data-dir {folder}: has no complete arrays of images ({error}); make them with "
+            f"python data.py imagenet --src DIR --out {folder}"
+        ) from None
+    mean, std = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
+    return Images(arrays[0], labels[0], arrays[1], labels[1], len(classes), size, mean, std, resized)
+
+
+def class_folders(folder):
+    """{class: its images} of a folder of folders. Raises ValueError where one has none."""
+    if not folder.is_dir():
+        raise ValueError(f"--src {folder.parent}: has no folder {folder.name}; train/ and val/ are needed")
+    found = {
+        here.name: sorted(path for path in here.iterdir() if path.suffix.lower() in ENDINGS)
+        for here in sorted(folder.iterdir())
+        if here.is_dir()
+    }
+    empty = [name for name, images in found.items() if not images]
+    if empty or not found:
+        what = f"the class folder {empty[0]} has" if empty else "there are"
+        raise ValueError(f"--src {folder.parent}: in {folder.name} {what} no images ({', '.join(ENDINGS)})")
+    return found
+
+
+def make_imagenet(src, out, size):
+    """Write the images below src/train and src/val as arrays to `out`: each scaled so that its shorter side has
+    an eighth more than `size` pixels, and cropped to a square. A broken image is named, counted and left out."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError("decoding JPEGs needs Pillow: pip install pillow") from None
+
+    side = size + size // 7  # 256 for 224
+
+    def decode(path):
+        """uint8 (3, side, side), or what is wrong with the file."""
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (side, side))  # lets the JPEG decoder skip most of a large image
+                image = image.convert("RGB")
+            scale = side / min(image.size)
+            width, height = (max(side, round(length * scale)) for length in image.size)
+            left, top = (width - side) // 2, (height - side) // 2
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+        except Exception as error:
+            return f"{path}: {error or type(error).__name__}"
+
+    src, out = Path(src), Path(out)
+    of_split = {split: class_folders(src / split) for split in ("train", "val")}
+    classes = list(of_split["train"])
+    if foreign := of_split["val"].keys() - classes:
+        raise ValueError(f"--src {src}: val has the class {min(foreign)}, which train has not")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "about.json").unlink(missing_ok=True)
+    for split, folders in of_split.items():
+        paths = [(path, label) for label, name in enumerate(classes) for path in folders.get(name, ())]
+        images, labels, broken = out / f"{split}.npy.part", [], 0
+        with (
+            images.open("wb") as file,
+            ThreadPoolExecutor() as pool,
+            tqdm(total=len(paths), desc=split) as bar,
+        ):
+            write_header(file, len(paths), side)
+            for begin in range(0, len(paths), 256):
+                some = paths[begin : begin + 256]
+                for (_, label), image in zip(some, pool.map(decode, (path for path, _ in some))):
+                    bar.update()
+                    if isinstance(image, str):
+                        broken += 1
+                        bar.write(f"left out: {image}")
+                    else:
+                        file.write(image.tobytes())
+                        labels.append(label)
+            file.seek(0)
+            write_header(file, len(labels), side)  # numpy leaves room for a number of any length
+        if set(labels) != {label for _, label in paths}:
+            lost = classes[min({label for _, label in paths} - set(labels))]
+            raise ValueError(f"--src {src}: in {split} the class folder {lost} has only broken images")
+        np.save(out / f"{split}-labels.npy", np.array(labels, dtype=np.int64))
+        images.rename(out / f"{split}.npy")
+        print(f"{split}: {len(labels):,} images of {len(folders)} classes, {broken} broken ones left out")
+    about = {"size": size, "side": side, "classes": classes}
+    (out / "about.json").write_text(json.dumps(about) + "\n")  # last: without it the arrays are not complete
+
+
+def write_header(file, number, side):
+    header = {"descr": "|u1", "fortran_order": False, "shape": (number, 3, side, side)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+# ---- the command
+
+
+def load(name, folder=None, url=None, context=128, tests=1):
+    """What --data, --data-dir and --data-url name: a Text or Images. Raises ValueError and OSError."""
+    if name == "python":
+        return python_text(folder, context, tests)
+    if name == "imagenet":
+        return imagenet(folder or "datasets/imagenet")
+    return cifar(name, folder or "datasets", url)
+
+
+def main():
+    parser = Parser(description="Prepare data for train.py.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="data", required=True, metavar="{cifar10,cifar100,imagenet}")
+    for name in CIFAR:
+        command = commands.add_parser(name, help="download, check and unpack it")
+        command.add_argument("--data-dir", default="datasets", help="folder (default: datasets)")
+        command.add_argument("--data-url", help="a mirror of the archive (default: the university's site)")
+    command = commands.add_parser("imagenet", help="arrays of folders of JPEGs")
+    command.add_argument("--src", required=True, help="folder with train/ and val/, each of class folders")
+    command.add_argument("--size", type=at_least(8), default=224, help="pixels of a side (default: 224)")
+    command.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
+    args = parser.parse_args()
+    try:
+        if args.data == "imagenet":
+            make_imagenet(args.src, args.out, args.size)
+        else:
+            images = cifar(args.data, args.data_dir, args.data_url)
+            print(f"{args.data}: {images.rows:,} images to train on, {images.tests:,} to test on")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

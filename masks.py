@@ -29,6 +29,7 @@ class Unit(NamedTuple):
     layer: str  # the module whose parameters are cut into units, such as "blocks.3" or "blocks.3.mlp"
     kind: str  # units of one kind are dealt out evenly among the workers
     cost: int  # parameters
+    flops: int = 0  # of a forward pass of one row of a batch
 
 
 def check_coverage(coverage):
@@ -185,6 +186,25 @@ def count(units, row):
     return {layer: int(row[numbers].sum()) for layer, numbers in columns(units).items()}
 
 
+def kept_blocks(keep, blocks, first_of_stage=()):
+    """The numbers of the blocks that every worker holds, so that they are shared and not units: of `blocks`
+    blocks none, both ends, the first of each stage of a ResNet (strided), or those listed, such as "0,5".
+    Raises ValueError where the model has no such blocks, or would have no others."""
+    named = {"none": (), "ends": (0, blocks - 1), "strided": first_of_stage}
+    try:
+        kept = set(named[keep] if keep in named else map(int, keep.split(",")))
+    except ValueError:
+        kept = {-1}
+    if not kept <= set(range(blocks)) or (keep == "strided" and not kept):
+        raise ValueError(
+            f"--keep {keep}: must be none, ends, {'strided, ' * bool(first_of_stage)}"
+            f"or numbers from 0 to {blocks - 1} with commas between them"
+        )
+    if len(kept) == blocks:
+        raise ValueError(f"--keep {keep}: keeps all {blocks} blocks, and leaves nothing to mask")
+    return kept
+
+
 def picture(mask, units, width=120):
     """The mask as text: workers across, layers down, a full square for each unit of the layer that is held.
 
@@ -214,14 +234,18 @@ def picture(mask, units, width=120):
 def describe(mask, units, asked):
     """The picture, then the coverage that was asked and given, how even the load is, and the spectral gap."""
     workers, holders = len(mask), int(mask[:, 0].sum())
-    cost = mask @ np.array([unit.cost for unit in units])
+    load = {
+        "parameters": mask @ np.array([unit.cost for unit in units]),
+        "FLOPs": mask @ np.array([unit.flops for unit in units]),
+    }
+    most = ", ".join(f"{of.max() / of.mean():.3f} times in {what}" for what, of in load.items() if of.any())
     groups = len(np.unique(components(mask)))
     together = "all workers are connected" if groups == 1 else f"{groups} groups of workers share no unit"
     return (
         f"{picture(mask, units)}\n"
         f"coverage: asked {asked:g}, given {holders / workers:g}"
         f" ({holders} of {workers} workers hold each unit)\n"
-        f"load: the fullest worker holds {cost.max() / cost.mean():.3f} times the mean\n"
+        f"load: the fullest worker has the mean {most}\n"
         f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
     )
 

@@ -1,39 +1,41 @@
-"""The models, with layers that can be built from any of their units.
+"""The models, with layers that can be built from any of their units: GPT, ViT, ResNet-18.
 
-An attention is a sum over its heads, an MLP over its groups of hidden neurons. Such a layer is a `Branch`: it
-is built for any *number* of its units, because they are all of one shape. Which ones they are is known to
-sdp.py alone, which fills the parameters. Every maskable parameter has its units in its first dimension, one
-after another, so that a unit is a run of whole rows.
+An attention is a sum over its heads, an MLP over its groups of hidden neurons, a pair of convolutions over
+groups of the channels between them. Such a layer is a `Branch`: it is built for any *number* of its units, because they
+are all of one shape. Which ones they are is known to sdp.py alone, which fills the parameters. Every maskable
+parameter has its units in its first dimension, one after another, so that a unit is a run of whole rows.
 
 Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves parameters and gradients.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from masks import Unit
 
-GROUPS = 16  # groups of hidden neurons per MLP: fine enough to balance, coarse enough to move in few pieces
+# Fine enough to balance, coarse enough to move in few pieces:
+GROUPS = 16  # groups of hidden neurons of an MLP
+CHANNEL_GROUPS = 8  # groups of the channels between two convolutions
+
+SIZES = {  # what --size can be; the shapes are flags of their own, too
+    "gpt": {"tiny": {"layers": 6, "width": 128, "heads": 4, "hidden": 256}},
+    "vit": {
+        "cifar": {"patch": 4, "layers": 6, "width": 128, "heads": 4, "hidden": 256},
+        "tiny": {"patch": 16, "layers": 12, "width": 192, "heads": 3, "hidden": 512},  # as ViT-Ti/16
+        "small": {"patch": 16, "layers": 12, "width": 384, "heads": 6, "hidden": 1024},  # as ViT-S/16
+    },
+    "resnet18": {},
+}
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT. `hidden` must be a multiple of GROUPS, `width` of twice the number of heads."""
-
-    vocabulary: int = 256
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    hidden: int = 256  # neurons of the SwiGLU layer
-    context: int = 128  # tokens
-
-    @property
-    def head_width(self):
-        return self.width // self.heads
+# ---- what transformers and ResNets have in common
 
 
 class Branch(nn.Module):
@@ -47,11 +49,13 @@ class Branch(nn.Module):
     `compute`.
     """
 
+    rescaled = True  # not where a norm follows, which has the last word about the scale anyway
+
     def __init__(self, config, units, trained=None, frozen=0):
         super().__init__()
         trained = units if trained is None else trained
         self.units = units
-        self.scale = units / (trained + frozen)
+        self.scale = units / (trained + frozen) if self.rescaled else 1
         self.allocate(config, trained)
         self.frozen = type(self)(config, frozen).requires_grad_(False) if frozen else None
 
@@ -62,8 +66,79 @@ class Branch(nn.Module):
         return y if self.scale == 1 else y * self.scale
 
 
+class Subnetwork:
+    """Which units of a model a worker has: trained and frozen, each {layer: number of units} as `masks.count`
+    gives them, for the layers that `units_of` names. Layers that are not named are whole and trained."""
+
+    def __init__(self, trained=None, frozen=None):
+        self.trained, self.frozen = trained or {}, frozen or {}
+
+    def units(self, layer):
+        """(trained, frozen) for a Branch; trained is None where that is all of them."""
+        return self.trained.get(layer), self.frozen.get(layer, 0)
+
+    def some(self, layer, make, *arguments):
+        """The module make(*arguments), without gradients where it is frozen, and None where it is absent."""
+        if self.trained.get(layer, 1):
+            return make(*arguments)
+        return make(*arguments).requires_grad_(False) if self.frozen.get(layer) else None
+
+
+def cross_entropy(logits, targets, smoothing=0.0):
+    """Mean cross-entropy in nats. logits: (..., classes); targets: int64 (...). Never in bfloat16."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=smoothing)
+
+
+# ---- transformers
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of the blocks. Raises ValueError, naming the flag, where it is not a possible one."""
+
+    layers: int = 6
+    width: int = 128
+    heads: int = 4
+    hidden: int = 256  # neurons of the SwiGLU layer
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"--width {self.width}: must be a multiple of {2 * self.heads}, "
+                f"so that each of the {self.heads} --heads has an even number of features"
+            )
+        if self.hidden % GROUPS:
+            raise ValueError(
+                f"--hidden {self.hidden}: must be a multiple of {GROUPS}, the number of groups of neurons"
+            )
+
+    @property
+    def head_width(self):
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class GPTConfig(TransformerConfig):
+    vocabulary: int = 256
+    context: int = 128  # tokens
+
+
+@dataclass(frozen=True)
+class ViTConfig(TransformerConfig):
+    classes: int = 10
+    image: int = 32  # pixels along each side
+    patch: int = 4  # likewise
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image % self.patch:
+            raise ValueError(f"--patch {self.patch}: must divide the {self.image} pixels of an image's side")
+
+
 class Attention(Branch):
-    """Causal multi-head attention with rotary positions; a unit is a head."""
+    """Multi-head attention; a unit is a head. With a rotation (see `rotary`) it is causal: that is text."""
 
     def allocate(self, config, heads):
         self.head_width = config.head_width
@@ -75,7 +150,9 @@ class Attention(Branch):
             return rows.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
         q, k, v = (split(F.linear(x, weight)) for weight in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=rotation is not None)
         return y.transpose(1, 2).flatten(2) @ self.o  # (B, T, heads * head_width) -> (B, T, width)
 
 
@@ -116,51 +193,62 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm and the projection to the vocabulary."""
+    """The final norm, for images the mean over all positions, and the projection to tokens or classes."""
+
+    def __init__(self, config, classes, pool=False):
+        super().__init__()
+        self.pool, self.smoothing = pool, config.label_smoothing
+        self.norm = RMSNorm(config.width)
+        self.weight = nn.Parameter(torch.empty(classes, config.width))
+
+    def forward(self, x, targets=None):
+        x = self.norm(x)  # (B, T, width)
+        logits = F.linear(x.mean(1) if self.pool else x, self.weight)  # (B, classes) or (B, T, vocabulary)
+        return logits if targets is None else cross_entropy(logits, targets, self.smoothing)
+
+
+class Patches(nn.Module):
+    """Cuts an image into patches, and adds a learned vector for the place of each."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm = RMSNorm(config.width)
-        self.weight = nn.Parameter(torch.empty(config.vocabulary, config.width))
+        self.patches = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.positions = nn.Parameter(torch.empty((config.image // config.patch) ** 2, config.width))
 
-    def forward(self, x, targets=None):
-        logits = F.linear(self.norm(x), self.weight)  # (B, T, vocabulary)
-        if targets is None:
-            return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss is never in bfloat16
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def forward(self, x):
+        x = self.patches(x.to(self.positions.dtype))  # (B, width, image / patch, image / patch)
+        return x.flatten(2).transpose(1, 2) + self.positions  # (B, T, width)
 
 
-class GPT(nn.Module):
-    """A LLaMA-style language model, or what one worker has of it.
+class Transformer(nn.Module):
+    """A LLaMA-style language model (GPTConfig), or a vision transformer (ViTConfig,
+    https://arxiv.org/abs/2010.11929) of the same blocks; or what one worker has of it: see `Subnetwork`.
 
-    trained, frozen: {layer: number of units} as `masks.count` gives them, for the layers that `units_of`
-    names; layers that are not named are whole and trained. With block units {"blocks.0": 1, "blocks.1": 0}: a
-    block that is neither trained nor frozen does not exist here. With neuron units {"blocks.0.attention": 2,
-    "blocks.0.mlp": 8, ...}: in each block some of the heads and of the groups of neurons.
+    With block units {"blocks.0": 1, "blocks.1": 0}: a block that is neither trained nor frozen does not exist
+    here. With neuron units {"blocks.0.attention": 2, "blocks.0.mlp": 8, ...}: in each block some of the heads
+    and of the groups of neurons.
     """
+
+    first_of_stage = ()  # all blocks are of one shape
 
     def __init__(self, config, trained=None, frozen=None):
         super().__init__()
-        trained, frozen = trained or {}, frozen or {}
-        self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.config, self.text, has = config, isinstance(config, GPTConfig), Subnetwork(trained, frozen)
+        self.embedding = nn.Embedding(config.vocabulary, config.width) if self.text else Patches(config)
         self.blocks = nn.ModuleDict()
-        for name in (f"blocks.{i}" for i in range(config.layers)):
-            block_trained, block_frozen = trained.get(name, 1), frozen.get(name, 0)
-            if block_trained or block_frozen:
-                branches = (
-                    (trained.get(f"{name}.{b}"), frozen.get(f"{name}.{b}", 0)) for b in ("attention", "mlp")
-                )
-                block = Block(config, *branches)
-                self.blocks[name.split(".")[1]] = block if block_trained else block.requires_grad_(False)
-        self.head = Head(config)
+        for i in range(config.layers):
+            branches = (has.units(f"blocks.{i}.{branch}") for branch in ("attention", "mlp"))
+            if block := has.some(f"blocks.{i}", Block, config, *branches):
+                self.blocks[str(i)] = block
+        self.head = Head(config, config.vocabulary if self.text else config.classes, pool=not self.text)
 
-    def forward(self, tokens, targets=None):
-        """tokens, targets: int64 (B, T). Returns the logits (B, T, vocabulary), or with targets the mean
-        cross-entropy in nats per token, a scalar."""
-        x = self.embedding(tokens)  # (B, T, width)
-        rotation = rotary(tokens.shape[1], self.config.head_width, x)
+    def forward(self, x, targets=None):
+        """Returns logits, or with targets the mean cross-entropy in nats, a scalar.
+
+        Text: x, targets int64 (B, T); logits (B, T, vocabulary). Images: x (B, 3, image, image), targets
+        int64 (B,); logits (B, classes)."""
+        x = self.embedding(x)  # (B, T, width)
+        rotation = rotary(x.shape[1], self.config.head_width, x) if self.text else None
         for block in self.blocks.values():
             x = block(x, rotation)
         return self.head(x, targets)
@@ -182,16 +270,189 @@ def rotate(x, rotation):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def units_of(model, kind):
-    """The units of a whole model, layer by layer: its blocks, or the heads and groups of neurons in them."""
-    if kind == "block":
-        layers = {f"blocks.{name}": (block, 1) for name, block in model.blocks.items()}
-    else:
-        layers = {name: (m, m.units) for name, m in model.named_modules() if isinstance(m, Branch)}
+# ---- ResNet-18
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Raises ValueError, naming the flag, where the shape is not a possible one."""
+
+    width: int = 64  # channels of the first stage; each further stage has twice as many
+    norm: str = "batch"  # or "group"
+    classes: int = 10
+    image: int = 32  # pixels along each side; above 64 the stem makes them fewer
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.width % CHANNEL_GROUPS:
+            raise ValueError(
+                f"--width {self.width}: must be a multiple of {CHANNEL_GROUPS}, the groups of channels"
+            )
+
+
+class Shape(NamedTuple):
+    """Of a basic block: its channels, what it divides the image's sides by, its kind of norm."""
+
+    inputs: int
+    outputs: int
+    stride: int
+    norm: str
+
+
+def make_norm(kind, channels, groups=CHANNEL_GROUPS):
+    """Batch norm keeps no running statistics while training: see `estimate_statistics`."""
+    return (
+        nn.BatchNorm2d(channels, track_running_stats=False)
+        if kind == "batch"
+        else nn.GroupNorm(groups, channels)
+    )
+
+
+class Convolutions(Branch):
+    """The two 3x3 convolutions of a basic block; a unit is a group of the channels between them, with its
+    norm (with group norm, a unit is a group)."""
+
+    rescaled = False
+
+    def allocate(self, shape, groups):
+        channels, self.stride = groups * shape.outputs // CHANNEL_GROUPS, shape.stride
+        self.conv1 = nn.Parameter(torch.empty(channels, shape.inputs, 3, 3))
+        self.norm = make_norm(shape.norm, channels, groups)
+        self.conv2 = nn.Parameter(torch.empty(channels, shape.outputs, 3, 3))  # units first: transposed
+
+    def compute(self, x):
+        h = F.conv2d(x, self.conv1, stride=self.stride, padding=1)  # (B, channels, H / stride, W / stride)
+        return F.conv2d(F.relu(self.norm(h)), self.conv2.transpose(0, 1), padding=1)  # (B, outputs, ...)
+
+
+class ResidualBranch(nn.Sequential):
+    """What a basic block adds to its shortcut: convolutions, then a norm."""
+
+
+class BasicBlock(nn.Module):
+    """relu(branch(x) + shortcut(x)); the branch may be absent, the shortcut's projection is always there."""
+
+    def __init__(self, shape, branch):
+        super().__init__()
+        self.branch, self.shortcut = branch, None
+        if shape.inputs != shape.outputs:
+            projection = nn.Conv2d(shape.inputs, shape.outputs, 1, stride=shape.stride, bias=False)
+            self.shortcut = nn.Sequential(projection, make_norm(shape.norm, shape.outputs))
+
+    def forward(self, x):
+        y = x if self.shortcut is None else self.shortcut(x)  # (B, outputs, H / stride, W / stride)
+        return F.relu(y if self.branch is None else y + self.branch(x))
+
+
+class Stem(nn.Module):
+    """From an image to the first stage: at full size up to 64 pixels, above that at a quarter of it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.small = config.image <= 64
+        kernel, stride, padding = (3, 1, 1) if self.small else (7, 2, 3)
+        self.conv = nn.Conv2d(3, config.width, kernel, stride=stride, padding=padding, bias=False)
+        self.norm = make_norm(config.norm, config.width)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x.to(self.conv.weight.dtype))))
+        return x if self.small else F.max_pool2d(x, 3, stride=2, padding=1)
+
+
+class ResNet(nn.Module):
+    """ResNet-18 (https://arxiv.org/abs/1512.03385), or what one worker has of it; trained, frozen: see
+    `Subnetwork`. Its block units are called "blocks.0.branch" and so on; the projections are shared."""
+
+    first_of_stage = (0, 2, 4, 6)
+
+    def __init__(self, config, trained=None, frozen=None):
+        super().__init__()
+        has = Subnetwork(trained, frozen)
+        self.config, self.stem, self.blocks = config, Stem(config), nn.ModuleDict()
+        inputs = config.width
+        for i in range(8):
+            outputs = config.width * 2 ** (i // 2)
+            shape = Shape(inputs, outputs, 1 if inputs == outputs else 2, config.norm)
+            name, inputs = f"blocks.{i}.branch", outputs
+            convolutions = Convolutions(shape, CHANNEL_GROUPS, *has.units(f"{name}.0"))
+            branch = has.some(name, ResidualBranch, convolutions, make_norm(config.norm, outputs))
+            if branch or shape.stride == 2:  # otherwise nothing is left of the block
+                self.blocks[str(i)] = BasicBlock(shape, branch)
+        self.head = nn.Linear(inputs, config.classes)
+
+    def forward(self, x, targets=None):
+        """x: (B, 3, image, image); targets: int64 (B,). Returns the logits (B, classes), or with targets the
+        mean cross-entropy in nats, a scalar."""
+        x = self.stem(x)  # (B, width, image, image), or a quarter of that along each side
+        for block in self.blocks.values():
+            x = block(x)
+        logits = self.head(x.mean((2, 3)))
+        return logits if targets is None else cross_entropy(logits, targets, self.config.label_smoothing)
+
+
+@torch.no_grad()
+def estimate_statistics(model, batches):
+    """Gives the batch norms of a whole model the means and variances by which it is to be evaluated: those of
+    what comes in over all `batches`, an iterable of inputs x, of which each process has its own.
+
+    In training each worker normalises by the statistics of its own rows and its own subnetwork. Neither they
+    nor averages of them fit the whole model. Sums and sums of squares are added over batches and processes,
+    so it does not matter who has which batch; each is normalised by itself on the way.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    sums = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
+
+    def add(norm, inputs):
+        var, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3), correction=0)  # each (channels,)
+        of_one = torch.stack([torch.ones_like(mean), mean, var + mean**2]).cpu().double()
+        sums[norm] += of_one * inputs[0][:, 0].numel()
+
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    model.train()
+    for x in batches if norms else ():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    for norm in norms:
+        on_device = sums[norm].to(norm.weight.device)
+        dist.all_reduce(on_device)
+        number, total, squares = on_device
+        norm.running_mean = (total / number).to(norm.weight.dtype)
+        norm.running_var = (squares / number - (total / number) ** 2).to(norm.weight.dtype)
+    model.eval()  # from now on it uses them
+
+
+# ---- any of them
+
+CONFIGS = {"gpt": GPTConfig, "vit": ViTConfig, "resnet18": ResNetConfig}
+
+
+def build(config, trained=None, frozen=None):
+    """The whole model, or what one worker has of it: see `Subnetwork`."""
+    return (ResNet if isinstance(config, ResNetConfig) else Transformer)(config, trained, frozen)
+
+
+def example(config, rows):
+    """A batch of zeros, (x, targets)."""
+    if isinstance(config, GPTConfig):
+        return tuple(torch.zeros(rows, config.context, dtype=torch.int64) for _ in range(2))
+    return torch.zeros(rows, 3, config.image, config.image), torch.zeros(rows, dtype=torch.int64)
+
+
+def units_of(model, kind, kept=()):
+    """The units of a whole model, layer by layer: residual blocks, or the heads and groups of neurons or
+    channels in them; but for the kept blocks, which are shared. `model` is best on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        model(*example(model.config, 1))
+    counts = counter.get_flop_counts().items()  # {"ResNet.blocks.0": {operation: FLOPs}}
+    flops = {name.partition(".")[2]: sum(of_operations.values()) for name, of_operations in counts}
     found = []
-    for layer, (module, number) in layers.items():
-        cost = sum(p.numel() for p in module.parameters()) // number
-        found += [Unit(layer, "blocks" if kind == "block" else layer, cost)] * number
+    for layer, module in model.named_modules():
+        if isinstance(module, (Block, ResidualBranch) if kind == "block" else Branch):
+            number = 1 if kind == "block" else module.units
+            cost = sum(p.numel() for p in module.parameters()) // number
+            unit = Unit(layer, "blocks" if kind == "block" else layer, cost, flops[layer] // number)
+            found += [unit] * number if int(layer.split(".")[1]) not in kept else []
     return found
 
 
@@ -199,18 +460,20 @@ def initial_value(model, name, seed):
     """The first value of the whole model's parameter `name`, float32 on the CPU, from (seed, name) alone: so
     it is independent of who asks and in which order.
 
-    Norms start at one. Matrices are normal with variance 1 / inputs, so that they keep the scale of what they
-    are given; those that write into the residual stream are divided by the root of the number of branches, as
-    in GPT-2, so that the sum of all branches keeps its scale too.
+    Norms start at one, biases at zero. Weights are normal with variance 1 / inputs, so that they keep the
+    scale of what they are given, or twice that where half is lost in a relu
+    (https://arxiv.org/abs/1502.01852); those that write into a transformer's residual stream are divided by
+    the root of the number of branches, as in GPT-2, so that the sum of all branches keeps its scale too.
     """
-    shape = model.get_parameter(name).shape
+    shape, leaf = model.get_parameter(name).shape, name.split(".")[-1]
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if leaf == "bias" else torch.ones(shape)
     rng = np.random.default_rng([seed, *name.encode()])
     value = torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
-    kind = name.split(".")[-1]
-    inputs = shape[0] if kind in ("o", "down") else shape[1]
-    if name.startswith("embedding"):
+    if name in ("embedding.weight", "embedding.positions"):
         return value * 0.02
-    branches = 2 * model.config.layers if kind in ("o", "down") else 1
-    return value / (inputs * branches) ** 0.5
+    units_first = leaf in ("o", "down", "conv2")  # (inputs, outputs, ...) instead of (outputs, inputs, ...)
+    inputs = shape.numel() // shape[1 if units_first else 0]
+    branches = 2 * model.config.layers if leaf in ("o", "down") else 1
+    lost = 2 if isinstance(model, ResNet) and len(shape) == 4 else 1
+    return value / (inputs * branches / lost) ** 0.5

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 4 train.py --mask backward     # 4 workers; on a CPU too, over gloo
     torchrun --standalone --nproc-per-node 2 train.py --mask forward --units neuron --workers 8
     python train.py --mask forward                                        # one process plays four workers
+    torchrun --standalone --nproc-per-node 2 train.py --model resnet18 --width 16 --workers 8
 
 Needs masks.py, model.py, sdp.py and data.py, which are best read first.
 """
@@ -13,7 +14,9 @@ import os
 import tempfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -28,10 +31,25 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
-from data import python_text
-from masks import MODES, Parser, assign, at_least, check_coverage, describe, holders_per_unit, spectral_gap
-from model import GPT, GROUPS, GPTConfig, initial_value, units_of
+from data import Images, load
+from masks import MODES, Parser, assign, at_least, check_coverage, describe, holders_per_unit, kept_blocks
+from masks import spectral_gap
+from model import CONFIGS, SIZES, build, cross_entropy, estimate_statistics, example, initial_value, units_of
 from sdp import SDP
+
+BN_BATCH = 64  # images that are normalised together where statistics are estimated
+DEFAULTS = {
+    "gpt": {},
+    "vit": {"data": "cifar10", "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05},
+    "resnet18": {
+        "data": "cifar10",
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "grad_clip": 0.0,
+    },
+}
 
 # ---- flags
 
@@ -41,27 +59,43 @@ def make_parser():
     for flag, kind, default, meaning in (
         ("--mask", MODES, "backward", "none: data parallelism; backward: whole forward pass, gradients for"
          " held units; forward: only held units exist"),
-        ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks, or attention heads"
-         f" and groups of hidden neurons, {GROUPS} a layer"),
+        ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks; or attention heads"
+         " and groups of hidden neurons, groups of the channels between convolutions"),
         ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
+        ("--keep", str, "none", "blocks that all workers hold: none, ends (the first and the last), strided (of"
+         " a ResNet: the first of each stage), or numbers such as 0,5"),
         ("--workers", at_least(1), None, "workers N, a multiple of the processes, which play them in turn"
          " (default: as many as processes; 4 for one process with a mask)"),
-        ("--model", ("gpt",), "gpt", "a LLaMA-style language model"),
-        ("--layers", at_least(1), 6, "transformer blocks"),
-        ("--width", at_least(1), 128, "features of the residual stream"),
-        ("--heads", at_least(1), 4, "attention heads of a block"),
-        ("--hidden", at_least(1), 256, "hidden neurons of a block's MLP"),
-        ("--context", at_least(1), 128, "tokens of a sequence"),
-        ("--data", ("python",), "python", "the bytes of the standard library's .py files"),
-        ("--data-dir", str, None, "another folder of .py files for --data python"),
-        ("--steps", at_least(1), 300, "updates"),
-        ("--batch-size", at_least(1), 16, "sequences of a step, over all workers"),
-        ("--lr", at_least(0, float), 3e-3, "peak learning rate of AdamW"),
+        ("--model", tuple(CONFIGS), "gpt", "a LLaMA-style language model, a vision transformer, or a ResNet-18"),
+        ("--size", str, None, "preset of the model's shape, by default the first that fits the data: "
+         + "; ".join(f"{model}: {', '.join(sizes)}" for model, sizes in SIZES.items() if sizes)),
+        ("--layers", at_least(1), None, "transformer blocks (default: as --size says)"),
+        ("--width", at_least(1), None, "features of the residual stream (default: as --size says); of a ResNet:"
+         " channels of the first stage (default: 64)"),
+        ("--heads", at_least(1), None, "attention heads of a block (default: as --size says)"),
+        ("--hidden", at_least(1), None, "hidden neurons of a block's MLP (default: as --size says)"),
+        ("--patch", at_least(1), None, "pixels of a patch's side in a vit (default: as --size says)"),
+        ("--norm", ("batch", "group"), None, "of a ResNet (default: batch)"),
+        ("--context", at_least(1), None, "tokens of a sequence (default: 128)"),
+        ("--data", ("python", "cifar10", "cifar100", "imagenet"), "python", "python: the bytes of the standard"
+         " library's .py files"),
+        ("--data-dir", str, None, "where the data lies, or is put (default: datasets, and for imagenet"
+         " datasets/imagenet); with --data python another folder of .py files"),
+        ("--data-url", str, None, "where else to get the archive of cifar10 or cifar100, such as a mirror"),
+        ("--steps", at_least(1), None, "updates (default: 300)"),
+        ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
+        ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
+        ("--optimizer", ("adamw", "sgd"), "adamw", "sgd: with a Nesterov momentum of 0.9"),
+        ("--lr", at_least(0, float), 3e-3, "peak learning rate"),
         ("--warmup", at_least(0), 20, "steps of linear warm-up, before a cosine down to a tenth of --lr"),
-        ("--weight-decay", at_least(0, float), 0.1, "of matrices, as in AdamW; norms have none"),
+        ("--weight-decay", at_least(0, float), 0.1, "of matrices and convolutions; norms and biases have none"),
         ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
+        ("--label-smoothing", at_least(0, float), 0.0, "of the training loss: share of the target that is"
+         " spread over all classes"),
         ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
-        ("--eval-batches", at_least(1), 20, "batches of a validation, which is of the whole model"),
+        ("--eval-batches", at_least(1), 20, "batches of a validation on text; on images it is the whole test set"),
+        ("--bn-batches", at_least(1), 16, f"batches of {BN_BATCH} training images, from which a validation"
+         " estimates the statistics of batch norm anew"),
         ("--dtype", ("float32", "bfloat16", "float64"), "float32", "of weights, gradients and traffic; owners"
          " keep at least float32"),
         ("--seed", at_least(0), 0, "of initial values, batches and masks"),
@@ -74,9 +108,35 @@ def make_parser():
     return parser
 
 
+def parse(argv=None):
+    """(parser, args), with the defaults that suit --model."""
+    parser = make_parser()
+    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).model])
+    return parser, parser.parse_args(argv)
+
+
+def make_config(args, shape):
+    """The config of --model for data of that shape, such as {"classes": 10, "image": 32}: the preset of --size,
+    then whatever flags were given. Raises ValueError where one does not fit the model."""
+    known, sizes = {field.name for field in fields(CONFIGS[args.model])}, SIZES[args.model]
+    if not shape.keys() <= known:
+        raise ValueError(f"--data {args.data}: is not for --model {args.model}; choose another of the two")
+    if args.size and args.size not in sizes:
+        there_are = f"has {', '.join(sizes)}" if sizes else "has none, but a --width"
+        raise ValueError(f"--size {args.size}: --model {args.model} {there_are}")
+    fitting = [size for size in sizes if size != "cifar" or shape["image"] <= 64]
+    chosen = dict(sizes.get(args.size or next(iter(fitting), None), {}))
+    for flag in ("layers", "width", "heads", "hidden", "patch", "norm", "context"):
+        if (value := getattr(args, flag)) is not None:
+            if flag not in known:
+                raise ValueError(f"--{flag} {value}: is not for --model {args.model}")
+            chosen[flag] = value
+    return CONFIGS[args.model](**(chosen | shape), label_smoothing=args.label_smoothing)
+
+
 def check(args, processes, parser):
     """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
-    (the whole model on the meta device, text, units, mask)."""
+    (the whole model on the meta device, data, units, mask)."""
     fail = parser.error
     alone, unasked = processes == 1 and args.mask != "none", args.workers is None
     args.workers = args.workers or (4 if alone else processes)
@@ -88,30 +148,25 @@ def check(args, processes, parser):
             f"--batch-size {args.batch_size}: must be a multiple of the {args.workers} workers, "
             f"such as {' or '.join(str(n) for n in (lower, lower + args.workers) if n)}"
         )
-    if args.width % (2 * args.heads):
-        fail(
-            f"--width {args.width}: must be a multiple of {2 * args.heads}, "
-            f"so that each of the {args.heads} --heads has an even number of features"
-        )
-    if args.hidden % GROUPS:
-        fail(f"--hidden {args.hidden}: must be a multiple of {GROUPS}, the number of groups of neurons")
+    if args.steps and args.epochs:
+        fail(f"--epochs {args.epochs:g}: not together with --steps; choose one")
+    if args.label_smoothing > 1:
+        fail(f"--label-smoothing {args.label_smoothing:g}: must be at most 1, such as 0.1")
     try:
-        text = python_text(args.data_dir)
-    except (ValueError, OSError) as error:
-        fail(f"--data-dir {args.data_dir or '(the standard library)'}: {error}")
-    try:
-        tokens = min(len(text.train), len(text.held_out))
-        if tokens <= args.context:
-            raise ValueError(f"--context {args.context}: must be below {tokens}, the tokens that there are")
-        config = GPTConfig(text.vocabulary, args.layers, args.width, args.heads, args.hidden, args.context)
-        with torch.device("meta"):
-            whole = GPT(config)
-        units = units_of(whole, args.units)
-        mask = np.ones((args.workers, len(units)), dtype=bool)
         check_coverage(args.coverage)  # also where it decides nothing
+        tests = args.eval_batches * args.batch_size
+        data = load(args.data, args.data_dir, args.data_url, args.context or 128, tests)
+        args.steps = args.steps or (
+            math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else 300
+        )
+        with torch.device("meta"):
+            whole = build(make_config(args, data.shape))
+            kept = kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
+            units = units_of(whole, args.units, kept)
+        mask = np.ones((args.workers, len(units)), dtype=bool)
         if args.mask != "none":
             mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     if args.out and os.environ.get("RANK", "0") == "0":
         out = Path(args.out)
@@ -126,7 +181,7 @@ def check(args, processes, parser):
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
     elif alone and args.workers == 1:
         print("--workers 1: one worker holds everything, whatever the mask")
-    return whole, text, units, mask
+    return whole, data, units, mask
 
 
 def usable_cores():
@@ -214,23 +269,24 @@ def measured(parameters):
     cost |= {"flops": counter.get_total_flops(), "activation_bytes": sum(seen.values())}
 
 
-def dense_worker(whole, rows, processes, dtype, device):
-    """What one worker of dense data parallelism (torch's DDP with AdamW) costs: FLOPs and activations of the
-    dense model on fake tensors, which need no memory; the rest follows from the number of parameters."""
+def dense_worker(whole, rows, processes, optimizer, dtype, device):
+    """What one worker of dense data parallelism (torch's DDP) costs: FLOPs and activations of the dense model
+    on fake tensors, which need no memory; the rest follows from the number of parameters."""
     with FakeTensorMode(), torch.device(device):
         fake = {n: torch.empty(p.shape, dtype=dtype, requires_grad=True) for n, p in whole.named_parameters()}
-        tokens, targets = (torch.zeros(rows, whole.config.context, dtype=torch.int64) for _ in range(2))
+        batch = example(whole.config, rows)
         with measured(fake.values()) as cost:
-            functional_call(whole, fake, (tokens, targets)).backward()
+            functional_call(whole, fake, batch).backward()
     params = sum(p.numel() for p in whole.parameters())
     half = round((1 - 1 / processes) * params * dtype.itemsize)  # of a ring all-reduce: what it sends, twice
     master = 4 if dtype.itemsize < 4 else 0  # a second, float32 copy of the weights in mixed precision
+    moments = {"adamw": 2, "sgd": 1}[optimizer]
     return {
         "worker": None,
         "held_params": params,
         "weight_bytes": params * dtype.itemsize,
         "grad_bytes": params * dtype.itemsize,
-        "optimizer_bytes": params * (master + 2 * max(4, dtype.itemsize)),
+        "optimizer_bytes": params * (master + moments * max(4, dtype.itemsize)),
         "activation_bytes": cost["activation_bytes"],
         "peak_bytes": None,
         "flops": cost["flops"],
@@ -291,75 +347,106 @@ def learning_rate(step, args):
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def evaluate(engine, text, args, device):
-    """Validation loss of the whole model, in nats per token: each process takes its share of the
-    sequences."""
-    tokens, targets = text.validation(args.eval_batches * args.batch_size, args.context)
-    share = slice(engine.rank, None, engine.processes)
-    total = torch.zeros((), dtype=torch.float64)
+def make_optimizer(args):
+    """optimizer(groups), for the pieces that a process owns."""
+    if args.optimizer == "sgd":
+        sgd = {"momentum": 0.9, "nesterov": True}
+        return lambda groups: torch.optim.SGD(groups, args.lr, weight_decay=args.weight_decay, **sgd)
+    adamw = {"betas": (0.9, 0.95), "fused": True}
+    return lambda groups: torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, **adamw)
+
+
+@torch.no_grad()
+def evaluate(engine, data, args, device):
+    """(loss, accuracy) of the whole model on the validation data: nats per token or image, and the share of
+    them for which the true one has the highest logit. Each process takes its share of the rows."""
+    totals = torch.zeros(3, dtype=torch.float64)  # losses, right answers, answers
+    of_training = (
+        data.batch(args.seed, 0, args.bn_batches * BN_BATCH, slice(i * BN_BATCH, (i + 1) * BN_BATCH), device)[
+            0
+        ]
+        for i in range(engine.rank, args.bn_batches, engine.processes)
+    )
+    own = range(engine.rank, data.tests, engine.processes)
+    rows = max(1, args.batch_size // engine.processes)
     with engine.whole() as model:
-        rows = args.batch_size // engine.processes
-        for x, y in zip(tokens[share].split(rows), targets[share].split(rows)):
-            total += len(x) * model(x.to(device), y.to(device)).double().cpu()
-    total = total.to(device)
-    dist.all_reduce(total)
-    return total.item() / len(tokens)
+        estimate_statistics(model, of_training)
+        for i in range(0, len(own), rows):
+            x, y = data.validation(own[i : i + rows], device)
+            logits = model(x)  # (rows, classes) or (rows, context, vocabulary)
+            loss, right = cross_entropy(logits, y).double() * y.numel(), (logits.argmax(-1) == y).sum()
+            totals += torch.stack([loss, right, torch.tensor(y.numel())]).cpu()
+    totals = totals.to(device)
+    dist.all_reduce(totals)
+    loss, right, answers = totals.tolist()
+    return loss / answers, right / answers
 
 
-def train(engine, text, args, device, log):
+def train(engine, data, args, device, log):
     """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the
-    first step}, median step time in ms, final validation loss)."""
+    first step}, median step time in ms, final (loss, accuracy) as `evaluate` returns them)."""
     rows = args.batch_size // args.workers
-    costs, milliseconds, val_loss = {}, [], None
+    what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
+    costs, milliseconds, found = {}, [], None
     bar = tqdm(range(1, args.steps + 1), disable=engine.rank != 0, unit="step", mininterval=0.5)
-    for step in bar:
-        began = time.perf_counter()
-        tokens, targets = text.batch(args.seed, step, args.batch_size, args.context)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for worker in engine.workers:
-            x, y = (t[worker * rows : (worker + 1) * rows].clone().to(device) for t in (tokens, targets))
-            meter = measured(engine.workers[worker].model.parameters()) if step == 1 else nullcontext(None)
-            with engine.turn(worker) as model, meter as cost:
-                loss = model(x, y)  # x, y: (rows, context)
-                loss.backward()
-            loss_sum += loss.detach()
-            if step == 1:
-                costs[worker] = cost
-        lr = learning_rate(step, args)
-        norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
-        seconds = time.perf_counter() - began
 
-        loss, speed = loss_sum / args.workers, tokens.numel() / seconds
-        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-        entry |= {"step_ms": 1e3 * seconds, "tokens": step * tokens.numel()}
-        milliseconds.append(entry["step_ms"])
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            entry["val_loss"] = val_loss = evaluate(engine, text, args, device)
-            if engine.rank == 0:
-                bar.write(f"step {step}: val_loss {val_loss:.4f} nats per byte")
-        if log:
-            print(json.dumps(entry), file=log, flush=True)
-    return costs, median(milliseconds), val_loss
+    def load_batches(step):
+        """[(x, y)] for the workers of this process, rows that depend on the step and the worker alone."""
+        mine = [slice(worker * rows, (worker + 1) * rows) for worker in engine.workers]
+        return [data.batch(args.seed, step, args.batch_size, some, device) for some in mine]
+
+    with ThreadPoolExecutor(1) as loader:
+        coming = loader.submit(load_batches, 1)
+        for step in bar:
+            began = time.perf_counter()
+            batches, coming = coming.result(), loader.submit(load_batches, min(step + 1, args.steps))
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            for worker, (x, y) in zip(engine.workers, batches):
+                meter = (
+                    measured(engine.workers[worker].model.parameters()) if step == 1 else nullcontext(None)
+                )
+                with engine.turn(worker) as model, meter as cost:
+                    loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
+                    loss.backward()
+                loss_sum += loss.detach()
+                if step == 1:
+                    costs[worker] = cost
+            lr = learning_rate(step, args)
+            norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
+            seconds = time.perf_counter() - began
+
+            loss, of_batch = loss_sum / args.workers, y.numel() * args.workers
+            entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            entry |= {"step_ms": 1e3 * seconds, what: step * of_batch}
+            milliseconds.append(entry["step_ms"])
+            speed = f"{of_batch / seconds:,.0f} {what}/s"
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed}", refresh=False)
+            if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+                found = evaluate(engine, data, args, device)
+                entry["val_loss"], entry["val_accuracy"] = found
+                if engine.rank == 0:
+                    bar.write(
+                        f"step {step}: val_loss {found[0]:.4f} nats per {each}, accuracy {found[1]:.4f}"
+                    )
+            if log:
+                print(json.dumps(entry), file=log, flush=True)
+    return costs, median(milliseconds), found
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    parser, args = parse(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    whole, text, units, mask = check(args, processes, parser)
+    whole, data, units, mask = check(args, processes, parser)
     device, dtype = start(parser), getattr(torch, args.dtype)
     local = {"out", "data_dir"}  # rank 0's alone, and whatever folder has the same data
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
-    facts |= {"the data's checksum": text.fingerprint(), "torch's version": torch.__version__}
+    facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
     agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
 
     engine = SDP(
-        build=lambda trained, frozen: GPT(whole.config, trained, frozen),
+        build=lambda trained, frozen: build(whole.config, trained, frozen),
         initial_value=lambda model, name: initial_value(model, name, args.seed),
-        optimizer=lambda groups: torch.optim.AdamW(
-            groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-        ),
+        optimizer=make_optimizer(args),
         units=units,
         mask=mask,
         mode=args.mask,
@@ -368,13 +455,14 @@ def main(argv=None):
     )
     params = sum(p.numel() for p in whole.parameters())
     shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
+    what = "images" if isinstance(data, Images) else f"sequences of {data.context} tokens"
     if engine.rank == 0:
         print(describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
         print(
             f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
-            f"a step is {args.batch_size} sequences of {args.context} tokens\n"
-            "loss: the mean over the workers, each on its own sequences"
+            f"a step is {args.batch_size} {what}\n"
+            "loss: the mean over the workers, each on its own rows of the batch"
             f"{' and subnetwork' if args.mask == 'forward' else ''}; val_loss: of the whole model",
             flush=True,
         )
@@ -385,7 +473,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with (out / "log.jsonl").open("w") if out else nullcontext() as log:
-        costs, step_ms, val_loss = train(engine, text, args, device, log)
+        costs, step_ms, (val_loss, val_accuracy) = train(engine, data.to(device), args, device, log)
 
     own = [worker_costs(engine, worker, args.steps) | costs[worker] for worker in engine.workers]
     of_all = [None] * processes
@@ -393,7 +481,8 @@ def main(argv=None):
     leave()
     if engine.rank == 0:
         per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
-        dense = dense_worker(whole, args.batch_size // args.workers, processes, dtype, device)
+        rows = args.batch_size // args.workers
+        dense = dense_worker(whole, rows, processes, args.optimizer, dtype, device)
         print(table(per_worker, dense))
         if args.workers > processes:
             print(
@@ -402,6 +491,7 @@ def main(argv=None):
             )
         summary = {
             "config": vars(args),
+            "model": asdict(whole.config),
             "workers": args.workers,
             "processes": processes,
             "holders_per_unit": int(mask[:, 0].sum()),
@@ -411,6 +501,7 @@ def main(argv=None):
             "params": params,
             "shared_params": shared,
             "final_val_loss": val_loss,
+            "final_val_accuracy": val_accuracy,
             "step_ms_median": step_ms,
             "per_worker": per_worker,
             "dense": dense,
