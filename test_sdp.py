@@ -30,13 +30,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import masks
 import train
-from data import Text, python_text
+from data import Images, Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
-from model import GPT, GROUPS, GPTConfig, initial_value, units_of
+from model import GROUPS, GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
 from sdp import SDP, Bucket, Route, bucket_of
 
 HERE = Path(__file__).parent
 SMALL = GPTConfig(vocabulary=50, layers=4, width=16, heads=4, hidden=32, context=8)
+SMALL_VIT = ViTConfig(layers=4, width=16, heads=4, hidden=32, classes=5, image=16, patch=4)
+SMALL_RESNET = ResNetConfig(width=8, classes=5, image=16)
+CONFIGS = {
+    "gpt": SMALL,
+    "vit": SMALL_VIT,
+    "resnet": SMALL_RESNET,
+    "resnet-group-norm": ResNetConfig(width=8, norm="group", classes=5, image=16),
+}
+each_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 SCHEMES = [(mode, kind) for mode in ("backward", "forward") for kind in ("block", "neuron")]
 
 
@@ -81,8 +90,12 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1)
+
+
 def dense_model(config=SMALL, dtype=torch.float64):
-    model = GPT(config)
+    model = build(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(model, name, seed=0))
@@ -91,16 +104,16 @@ def dense_model(config=SMALL, dtype=torch.float64):
 
 def make_mask(kind, workers, coverage=0.5, config=SMALL):
     with torch.device("meta"):
-        units = units_of(GPT(config), kind)
+        units = units_of(build(config), kind)
     return units, assign(units, workers, holders_per_unit(coverage, workers))
 
 
-def make_engine(mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64):
+def make_engine(mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw):
     units, mask = make_mask(kind, workers, coverage, config)
     return SDP(
-        build=lambda trained, frozen: GPT(config, trained, frozen),
+        build=lambda trained, frozen: build(config, trained, frozen),
         initial_value=lambda model, name: initial_value(model, name, seed=0),
-        optimizer=adamw,
+        optimizer=optimizer,
         units=units,
         mask=mask,
         mode=mode,
@@ -109,9 +122,13 @@ def make_engine(mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.flo
 
 
 def batch(step, worker=None, rows=2, config=SMALL):
-    """The batch of a step as (tokens, targets): one worker's rows of it, or all four workers' rows."""
-    numbers = np.random.default_rng([7, step]).integers(0, config.vocabulary, (4 * rows, config.context + 1))
+    """The batch of a step as (x, targets): one worker's rows of it, or all four workers' rows."""
+    rng = np.random.default_rng([7, step])
     mine = slice(None) if worker is None else slice(worker * rows, (worker + 1) * rows)
+    if not isinstance(config, GPTConfig):
+        images = torch.from_numpy(rng.standard_normal((4 * rows, 3, config.image, config.image)))
+        return images[mine], torch.from_numpy(rng.integers(0, config.classes, 4 * rows))[mine]
+    numbers = rng.integers(0, config.vocabulary, (4 * rows, config.context + 1))
     tokens = torch.from_numpy(numbers)[mine]
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -121,14 +138,14 @@ def whole_values(engine):
         return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
-def owned(engine, of_bucket):
+def owned(engine, of_bucket, config=SMALL):
     """{name: the whole parameter's values, or gradients}, put together from the slices of all owners."""
     found = {}
     for bucket_name, bucket in engine.buckets.items():
         slices = [None] * engine.processes
         dist.all_gather_object(slices, of_bucket(bucket))
         flat = torch.cat(slices)
-        for name, parameter in dense_model().named_parameters():
+        for name, parameter in dense_model(config).named_parameters():
             if bucket_of(name) == bucket_name:
                 found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
         assert not len(flat)
@@ -165,14 +182,16 @@ def mean_over_trainers(gradients, units, mask):
 
 def subnetwork_gradients(model, x, y, units, row, kind):
     """Loss and gradients of the dense model in which the units that are missing from `row` contribute zero,
-    and the others, at neuron level, are scaled up by all units / present units."""
+    and the others, at neuron level, are scaled up by all units / present units, if no norm follows."""
     parameters = dict(model.named_parameters())
     changed = {}
     for name, parameter in parameters.items():
-        if name.endswith((".o", ".down")):
+        if name.endswith((".o", ".down", ".conv2", ".branch.1.weight", ".branch.1.bias")):
             columns = columns_of(name, units)
-            scale = len(columns) / row[columns].sum() if kind == "neuron" else 1.0
-            changed[name] = parameter * (rows_of(name, parameter, units, row) * scale)[:, None]
+            rescaled = kind == "neuron" and name.endswith((".o", ".down"))
+            scale = len(columns) / row[columns].sum() if rescaled else 1.0
+            present = rows_of(name, parameter, units, row) * scale
+            changed[name] = parameter * present.view(-1, *[1] * (parameter.dim() - 1))
     loss = functional_call(model, parameters | changed, (x, y))
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     return loss, dict(zip(parameters, gradients))
@@ -322,15 +341,16 @@ def test_model_attention_is_causal_and_sees_positions():
 
 
 def test_data_batches_depend_on_seed_and_step_alone():
-    text = python_text()
+    text = python_text(context=16, tests=3)
     assert 5e6 < len(text.train) and 2e5 < len(text.held_out) < 0.2 * len(text.train)
-    x, y = text.batch(seed=1, step=2, size=8, context=16)
+    x, y = text.batch(seed=1, step=2, size=8)
     assert x.shape == y.shape == (8, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    assert torch.equal(x, python_text().batch(1, 2, 8, 16)[0])
-    assert not torch.equal(x, text.batch(1, 3, 8, 16)[0]) and not torch.equal(x, text.batch(2, 2, 8, 16)[0])
-    last = Text(np.arange(17, dtype=np.uint8), np.arange(17, dtype=np.uint8), 256)
-    assert torch.equal(last.batch(0, 1, 3, 16)[1][:, -1], torch.full((3,), 16))
-    assert torch.equal(last.validation(3, 16)[0][:, 0], torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(x, python_text(context=16).batch(1, 2, 8)[0])
+    assert torch.equal(x[2:4], text.batch(1, 2, 8, slice(2, 4))[0])
+    assert not torch.equal(x, text.batch(1, 3, 8)[0]) and not torch.equal(x, text.batch(2, 2, 8)[0])
+    last = Text(np.arange(17, dtype=np.uint8), np.arange(17, dtype=np.uint8), 256, context=16, tests=3)
+    assert torch.equal(last.batch(0, 1, 3)[1][:, -1], torch.full((3,), 16))
+    assert torch.equal(last.validation(slice(None))[0][:, 0], torch.zeros(3, dtype=torch.int64))
 
 
 def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
@@ -340,7 +360,7 @@ def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
             (here / f"pack{number % 3}" / f"{number}.py").write_text(f"print({number})")
         (here / "tests").mkdir()
         (here / "tests" / "left_out.py").write_text("never read")
-    a, b = python_text(tmp_path / "a"), python_text(tmp_path / "b")
+    a, b = (python_text(tmp_path / name, context=8) for name in "ab")
     assert a.fingerprint() == b.fingerprint() and len(a.held_out) > 0
     assert b"never read" not in a.train.tobytes() + a.held_out.tobytes()
 
@@ -373,17 +393,17 @@ def test_the_worked_example(in_processes):
     )
 
 
-def none_and_ddp():
+def none_and_ddp(config, optimizer):
     """20 steps of both on the same batches, gradient clipping active."""
     rank, n = dist.get_rank(), dist.get_world_size()
-    engine = make_engine("none", "block", n)
-    ddp = DistributedDataParallel(dense_model(), gradient_as_bucket_view=True)
+    engine = make_engine("none", "block", n, config=config, optimizer=optimizer)
+    ddp = DistributedDataParallel(dense_model(config), gradient_as_bucket_view=True)
     matrices = [p for p in ddp.parameters() if p.dim() > 1]
     vectors = [p for p in ddp.parameters() if p.dim() == 1]
-    optimizer = adamw([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    optimizer = optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     rows, clipped = 8 // n, 0
     for step in range(20):
-        x, y = (t[rank * rows : (rank + 1) * rows] for t in batch(step))
+        x, y = (t[rank * rows : (rank + 1) * rows] for t in batch(step, config=config))
         with engine.turn(rank) as model:
             loss = model(x, y)
             loss.backward()
@@ -400,30 +420,36 @@ def none_and_ddp():
     assert clipped > 5
     values = whole_values(engine)
     assert_close(values, dict(ddp.module.named_parameters()), 1e-10)
-    moved = (values["head.weight"] - dense_model().head.weight).abs().max()
+    moved = (values["head.weight"] - dense_model(config).head.weight).abs().max()
     assert moved > 0.01
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_mask_none_equals_ddp(in_processes, n):
-    in_processes(n, none_and_ddp)
+    in_processes(n, none_and_ddp, SMALL, adamw)
 
 
-def gradients_that_arrive(mode, kind, same_batch):
+@pytest.mark.parametrize("optimizer", [adamw, sgd])
+@pytest.mark.parametrize("model", ["vit", "resnet", "resnet-group-norm"])
+def test_mask_none_equals_ddp_on_images(in_processes, model, optimizer):
+    in_processes(4, none_and_ddp, CONFIGS[model], optimizer)
+
+
+def gradients_that_arrive(mode, kind, same_batch, config):
     """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
-    engine, (units, mask) = make_engine(mode, kind, 4), make_mask(kind, 4)
-    dense, expected = dense_model(), []
+    engine, (units, mask) = make_engine(mode, kind, 4, config=config), make_mask(kind, 4, config=config)
+    dense, expected = dense_model(config), []
     for worker in range(4):
-        x, y = batch(0, worker=0 if same_batch else worker)
+        x, y = batch(0, worker=0 if same_batch else worker, config=config)
         row = mask[worker] if mode == "forward" else np.ones(len(units), bool)
         expected.append(subnetwork_gradients(dense, x, y, units, row, kind)[1])
     for worker in engine.workers:
         with engine.turn(worker) as model:
-            model(*batch(0, worker=0 if same_batch else worker)).backward()
+            model(*batch(0, worker=0 if same_batch else worker, config=config)).backward()
             assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
         assert all(p.grad is None for p in model.parameters())  # freed once they were sent
     engine.average()
-    found = owned(engine, lambda bucket: bucket.mean)
+    found = owned(engine, lambda bucket: bucket.mean, config)
     assert_close(found, mean_over_trainers(expected, units, mask), 1e-12)
     if mode == "backward" and same_batch:
         assert_close(found, expected[0], 1e-12)  # unbiased: the dense gradient itself
@@ -431,17 +457,18 @@ def gradients_that_arrive(mode, kind, same_batch):
 
 @pytest.mark.parametrize("same_batch", [True, False])
 @pytest.mark.parametrize("mode, kind", SCHEMES)
-def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, same_batch):
-    in_processes(4, gradients_that_arrive, mode, kind, same_batch)
-    in_processes(2, gradients_that_arrive, mode, kind, same_batch)
+@each_model
+def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, same_batch, config):
+    in_processes(4, gradients_that_arrive, mode, kind, same_batch, config)
+    in_processes(2, gradients_that_arrive, mode, kind, same_batch, config)
 
 
-def forward_masked_worker(kind):
+def forward_masked_worker(kind, config):
     """A worker's own loss and gradients, and what it has allocated, against the dense model."""
-    engine, (units, mask) = make_engine("forward", kind, 4), make_mask(kind, 4)
+    engine, (units, mask) = make_engine("forward", kind, 4, config=config), make_mask(kind, 4, config=config)
     (worker,) = engine.workers
-    row, dense = mask[worker], dense_model()
-    x, y = batch(3, worker)
+    row, dense = mask[worker], dense_model(config)
+    x, y = batch(3, worker, config=config)
     expected_loss, expected = subnetwork_gradients(dense, x, y, units, row, kind)
     held = {name: rows_of(name, gradient, units, row) for name, gradient in expected.items()}
     with engine.turn(worker) as model:
@@ -455,13 +482,14 @@ def forward_masked_worker(kind):
     assert sum(storages.values()) == 8 * sum(
         rows.sum() * dense.get_parameter(n)[0].numel() for n, rows in held.items()
     )
-    assert sum(p.numel() for p in local.values()) < 0.7 * sum(p.numel() for p in dense.parameters())
+    assert sum(p.numel() for p in local.values()) < 0.8 * sum(p.numel() for p in dense.parameters())
     return sorted(local)
 
 
 @pytest.mark.parametrize("kind", ["block", "neuron"])
-def test_forward_masking_is_a_smaller_model(in_processes, kind):
-    names = in_processes(4, forward_masked_worker, kind)
+@each_model
+def test_forward_masking_is_a_smaller_model(in_processes, kind, config):
+    names = in_processes(4, forward_masked_worker, kind, config)
     assert (len(set(map(tuple, names))) > 1) == (
         kind == "block"
     )  # blocks: other workers have other parameters
@@ -498,13 +526,13 @@ def test_readers_agree_to_the_last_bit(in_processes, mode, kind, dtype):
     in_processes(4, pulled_values, mode, kind, dtype)
 
 
-def train_four_workers(mode, kind, steps=5):
-    engine = make_engine(mode, kind, 4)
+def train_four_workers(mode, kind, config, steps=5):
+    engine = make_engine(mode, kind, 4, config=config)
     first = whole_values(engine)
     for step in range(steps):
         for worker in engine.workers:
             with engine.turn(worker) as model:
-                model(*batch(step, worker)).backward()
+                model(*batch(step, worker, config=config)).backward()
         engine.step(lr=1e-2, clip=1.0)
     if len(engine.workers) > 1:  # nothing of a worker is left when its turn is over
         of_workers = [part.values for worker in engine.workers.values() for part in worker.parts]
@@ -513,11 +541,12 @@ def train_four_workers(mode, kind, steps=5):
 
 
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
-def test_processes_do_not_matter(in_processes, mode, kind):
+@each_model
+def test_processes_do_not_matter(in_processes, mode, kind, config):
     """Four workers on 1, 2 and 4 processes; and the initial model is the dense one whatever they hold."""
-    runs = [result for n in (1, 2, 4) for result in in_processes(n, train_four_workers, mode, kind)]
+    runs = [result for n in (1, 2, 4) for result in in_processes(n, train_four_workers, mode, kind, config)]
     for first, last in runs:
-        assert_close(first, dict(dense_model().named_parameters()), 0)
+        assert_close(first, dict(dense_model(config).named_parameters()), 0)
         assert_close(last, runs[0][1], 1e-10)
     assert (runs[0][1]["head.weight"] - runs[0][0]["head.weight"]).abs().max() > 0.01
 
@@ -533,7 +562,7 @@ def cost_of_a_step(mode, kind, coverage, dtype):
     moments = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values() if t.dim() > 0)
     # what is here of what the worker has: counted element by element
     units, mask = make_mask(kind, 4, coverage, config)
-    dense, parts = GPT(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
+    dense, parts = build(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
     trains, reads = masks.roles(mode, mask)
     for bucket in engine.buckets:
         named = [(n, p) for n, p in dense.named_parameters() if bucket_of(n) == bucket]
@@ -568,7 +597,7 @@ def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, d
     share; weights H, gradients one layer's and the owner's mean, optimizer 12 / N bytes per parameter."""
     of_ranks = in_processes(4, cost_of_a_step, mode, kind, coverage, dtype)
     units, _ = make_mask(kind, 4, coverage, GPTConfig())
-    params = sum(p.numel() for p in GPT(GPTConfig()).parameters())
+    params = sum(p.numel() for p in build(GPTConfig()).parameters())
     maskable = sum(unit.cost for unit in units)
     half = (1 - 1 / 4) * params * dtype.itemsize
     law = 1 - maskable / params + coverage * maskable / params
@@ -577,7 +606,7 @@ def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, d
     tolerance = 0.04 if kind == "neuron" else 1e-4
     assert push / half == pytest.approx(1 if mode == "none" else law, rel=tolerance)
     assert pull / half == pytest.approx(law if mode == "forward" else 1, rel=tolerance)
-    block = sum(p.numel() for p in GPT(GPTConfig()).blocks["0"].parameters())
+    block = sum(p.numel() for p in build(GPTConfig()).blocks["0"].parameters())
     for _, _, moments, memory in of_ranks:
         assert moments == pytest.approx(params * 8 / 4, rel=1e-4)
         gradients = memory["grad_bytes"] - 4 / 4 * params  # without the owner's mean
@@ -591,10 +620,13 @@ def validation_loss(mode, kind):
     """train.evaluate with masks on, against the dense model on all held-out windows at once."""
     engine = make_engine(mode, kind, 4)
     numbers = np.random.default_rng(5).integers(0, SMALL.vocabulary, 999)
-    text = Text(numbers, numbers[::-1].copy(), SMALL.vocabulary)
-    args = argparse.Namespace(eval_batches=3, batch_size=8, context=SMALL.context)
-    expected = dense_model()(*text.validation(24, SMALL.context)).item()
-    assert abs(train.evaluate(engine, text, args, torch.device("cpu")) - expected) < 1e-12
+    text = Text(numbers, numbers[::-1].copy(), SMALL.vocabulary, SMALL.context, tests=25)
+    x, y = text.validation(slice(None))
+    logits = dense_model()(x)
+    args = argparse.Namespace(seed=0, bn_batches=1, batch_size=8)
+    loss, accuracy = train.evaluate(engine, text, args, torch.device("cpu"))
+    assert abs(loss - torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()) < 1e-12
+    assert accuracy == pytest.approx((logits.argmax(-1) == y).double().mean().item())
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -684,7 +716,7 @@ def test_train_under_torchrun(tmp_path, mask, kind):
     }
     assert sent["push_bytes"] == pytest.approx(held, rel=0.04)
     assert sent["pull_bytes"] == pytest.approx(held if mask == "forward" else 1, rel=0.04)
-    assert params == dense["held_params"] == sum(p.numel() for p in GPT(GPTConfig()).parameters())
+    assert params == dense["held_params"] == sum(p.numel() for p in build(GPTConfig()).parameters())
     assert dense["optimizer_bytes"] == 8 * params and dense["push_bytes"] == dense["pull_bytes"] == 2 * params
     tokens, matrices = (
         4 * 128,
@@ -793,11 +825,11 @@ def test_measured_counts_by_hand():
 
 
 def test_learning_rate():
-    args = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--lr", "1"])
+    _, args = train.parse(["--steps", "100", "--warmup", "10", "--lr", "1"])
     rates = [train.learning_rate(step, args) for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
-    args = train.make_parser().parse_args(["--steps", "1", "--warmup", "0", "--lr", "1"])
+    _, args = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"])
     assert train.learning_rate(1, args) > 0
 
 

@@ -45,7 +45,7 @@ DEFAULTS = {
         "data": "cifar10",
         "batch_size": 128,
         "optimizer": "sgd",
-        "lr": 0.1,
+        "lr": 0.05,
         "weight_decay": 5e-4,
         "grad_clip": 0.0,
     },
