@@ -91,8 +91,8 @@ def python_text(folder=None, context=128, tests=1):
     train, held_out = (np.frombuffer(b"\n".join(parts[key]), dtype=np.uint8) for key in (False, True))
     if not len(train) or not len(held_out):
         raise ValueError(
-            f"--data-dir {folder or '(the standard library)'}: a folder with dozens of .py files is needed, and "
-            f"there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is the "
+            f"--data-dir {folder or '(the standard library)'}: a folder with dozens of .py files is needed, "
+            f"and there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is the "
             "standard library of the running Python"
         )
     return Text(train, held_out, 256, context, tests)
@@ -123,8 +123,8 @@ class Images:
 
     def batch(self, seed, step, size, rows=slice(None), device="cpu"):
         """Those rows of a step's batch, cropped and perhaps mirrored: images, float32 (rows, 3, size, size),
-        and labels, int64 (rows,). Each epoch goes through all images, in an order of its own. Step 0, which no
-        training has, comes from before the first epoch."""
+        and labels, int64 (rows,). Each epoch goes through all images, in an order of its own. Step 0, which
+        no training has, comes from before the first epoch."""
         places = np.arange((step - 1) * size, step * size)
         epochs = (places // self.rows) % 2**32
         chosen = np.empty(size, dtype=np.int64)
@@ -176,14 +176,14 @@ def shuffled(seed, epoch, rows):
 
 
 def shifted(rng, number, side, size):
-    """Boxes for small images (see Images._cut): moved by up to an eighth, 4 of 32 pixels, in each direction."""
+    """Boxes for small images (see Images._cut): moved by up to an eighth, 4 of 32 pixels, each way."""
     pixels = rng.integers(-(side // 8), side // 8 + 1, (number, 2))
     return np.column_stack([pixels * 2 / side, np.ones((number, 2))])
 
 
 def resized(rng, number, side, size):
-    """Boxes as of Inception (https://arxiv.org/abs/1409.4842): a quarter to all of the area, 3/4 to 4/3 as wide
-    as high. A quarter instead of 8 %: better for short training."""
+    """Boxes as of Inception (https://arxiv.org/abs/1409.4842): a quarter (there 8 %) to all of the area, 3/4
+    to 4/3 as wide as high."""
     area, ratio = rng.uniform(0.25, 1, number), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), number))
     scale = np.minimum(
         1, np.sqrt(np.column_stack([area * ratio, area / ratio]))
@@ -220,8 +220,8 @@ CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 
 
 def cifar(name, data_dir="datasets", url=None):
-    """CIFAR-10 or CIFAR-100 from its official files: in `data_dir`, or downloaded to it from `url`, a mirror of
-    the archive. Under torchrun one process of each machine downloads, and the others wait for it. Raises
+    """CIFAR-10 or CIFAR-100 from its official files: in `data_dir`, or downloaded to it from `url`, a mirror
+    of the archive. Under torchrun one process of each machine downloads, and the others wait for it. Raises
     ValueError, in one line, where there is nothing to be had or the files are not what they should be."""
     source, data_dir = CIFAR[name], Path(data_dir)
     folder = data_dir if data_dir.name == source.folder else data_dir / source.folder
@@ -361,8 +361,8 @@ def class_folders(folder):
 
 
 def make_imagenet(src, out, size):
-    """Write the images below src/train and src/val as arrays to `out`: each scaled so that its shorter side has
-    an eighth more than `size` pixels, and cropped to a square. A broken image is named, counted and left out."""
+    """Write the images below src/train and src/val as arrays to `out`: scaled so that the shorter side has a
+    seventh more than `size` pixels, and cropped to a square. A broken one is named, counted and left out."""
     try:
         from PIL import Image
     except ImportError:

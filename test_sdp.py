@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import masks
 import train
-from data import Images, Text, python_text
+from data import Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
 from model import GROUPS, GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
 from sdp import SDP, Bucket, Route, bucket_of

@@ -32,8 +32,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 from data import Images, load
-from masks import MODES, Parser, assign, at_least, check_coverage, describe, holders_per_unit, kept_blocks
-from masks import spectral_gap
+from masks import (
+    MODES,
+    Parser,
+    assign,
+    at_least,
+    check_coverage,
+    describe,
+    holders_per_unit,
+    kept_blocks,
+    spectral_gap,
+)
 from model import CONFIGS, SIZES, build, cross_entropy, estimate_statistics, example, initial_value, units_of
 from sdp import SDP
 
@@ -62,23 +71,23 @@ def make_parser():
         ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks; or attention heads"
          " and groups of hidden neurons, groups of the channels between convolutions"),
         ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
-        ("--keep", str, "none", "blocks that all workers hold: none, ends (the first and the last), strided (of"
-         " a ResNet: the first of each stage), or numbers such as 0,5"),
+        ("--keep", str, "none", "blocks that all workers hold: none, ends (the first and the last), strided"
+         " (of a ResNet: the first of each stage), or numbers such as 0,5"),
         ("--workers", at_least(1), None, "workers N, a multiple of the processes, which play them in turn"
          " (default: as many as processes; 4 for one process with a mask)"),
-        ("--model", tuple(CONFIGS), "gpt", "a LLaMA-style language model, a vision transformer, or a ResNet-18"),
+        ("--model", tuple(CONFIGS), "gpt", "a LLaMA-style language model, a vision transformer, a ResNet-18"),
         ("--size", str, None, "preset of the model's shape, by default the first that fits the data: "
          + "; ".join(f"{model}: {', '.join(sizes)}" for model, sizes in SIZES.items() if sizes)),
         ("--layers", at_least(1), None, "transformer blocks (default: as --size says)"),
-        ("--width", at_least(1), None, "features of the residual stream (default: as --size says); of a ResNet:"
-         " channels of the first stage (default: 64)"),
+        ("--width", at_least(1), None, "features of the residual stream (default: as --size says); of a"
+         " ResNet: channels of the first stage (default: 64)"),
         ("--heads", at_least(1), None, "attention heads of a block (default: as --size says)"),
         ("--hidden", at_least(1), None, "hidden neurons of a block's MLP (default: as --size says)"),
         ("--patch", at_least(1), None, "pixels of a patch's side in a vit (default: as --size says)"),
         ("--norm", ("batch", "group"), None, "of a ResNet (default: batch)"),
         ("--context", at_least(1), None, "tokens of a sequence (default: 128)"),
-        ("--data", ("python", "cifar10", "cifar100", "imagenet"), "python", "python: the bytes of the standard"
-         " library's .py files"),
+        ("--data", ("python", "cifar10", "cifar100", "imagenet"), "python", "python: the bytes of the"
+         " standard library's .py files"),
         ("--data-dir", str, None, "where the data lies, or is put (default: datasets, and for imagenet"
          " datasets/imagenet); with --data python another folder of .py files"),
         ("--data-url", str, None, "where else to get the archive of cifar10 or cifar100, such as a mirror"),
@@ -88,12 +97,12 @@ def make_parser():
         ("--optimizer", ("adamw", "sgd"), "adamw", "sgd: with a Nesterov momentum of 0.9"),
         ("--lr", at_least(0, float), 3e-3, "peak learning rate"),
         ("--warmup", at_least(0), 20, "steps of linear warm-up, before a cosine down to a tenth of --lr"),
-        ("--weight-decay", at_least(0, float), 0.1, "of matrices and convolutions; norms and biases have none"),
+        ("--weight-decay", at_least(0, float), 0.1, "of matrices; norms and biases have none"),
         ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
         ("--label-smoothing", at_least(0, float), 0.0, "of the training loss: share of the target that is"
          " spread over all classes"),
         ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
-        ("--eval-batches", at_least(1), 20, "batches of a validation on text; on images it is the whole test set"),
+        ("--eval-batches", at_least(1), 20, "batches of a validation on text; images: the whole test set"),
         ("--bn-batches", at_least(1), 16, f"batches of {BN_BATCH} training images, from which a validation"
          " estimates the statistics of batch norm anew"),
         ("--dtype", ("float32", "bfloat16", "float64"), "float32", "of weights, gradients and traffic; owners"
@@ -116,8 +125,8 @@ def parse(argv=None):
 
 
 def make_config(args, shape):
-    """The config of --model for data of that shape, such as {"classes": 10, "image": 32}: the preset of --size,
-    then whatever flags were given. Raises ValueError where one does not fit the model."""
+    """The config of --model for data of that shape, such as {"classes": 10, "image": 32}: the preset of
+    --size, then whatever flags were given. Raises ValueError where one does not fit the model."""
     known, sizes = {field.name for field in fields(CONFIGS[args.model])}, SIZES[args.model]
     if not shape.keys() <= known:
         raise ValueError(f"--data {args.data}: is not for --model {args.model}; choose another of the two")
