@@ -92,8 +92,8 @@ def python_text(folder=None, context=128, tests=1):
     if not len(train) or not len(held_out):
         raise ValueError(
             f"--data-dir {folder or '(the standard library)'}: a folder with dozens of .py files is needed, "
-            f"and there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is the "
-            "standard library of the running Python"
+            f"and there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is "
+            "the standard library of the running Python"
         )
     return Text(train, held_out, 256, context, tests)
 

@@ -3,8 +3,8 @@
 An attention is a sum over its heads, an MLP over its groups of hidden neurons, a pair of convolutions over
 groups of the channels between them. Such a layer is a `Branch`: it is built for any *number* of its
 units, because they are all of one shape. Which ones they are is known to sdp.py alone, which fills the
-parameters. Every maskable parameter has its units in its first dimension, one after another, so that a unit is
-a run of whole rows.
+parameters. Every maskable parameter has its units in its first dimension, one after another, so that a unit
+is a run of whole rows.
 
 Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves parameters and gradients.
 """

@@ -9,14 +9,23 @@ Reads like the project: masks, model, engine, the command line.
 """
 
 import argparse
+import functools
+import hashlib
+import http.server
+import io
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import tarfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -28,11 +37,22 @@ import torch.distributed as dist
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 import masks
 import train
-from data import Text, python_text
+from data import Images, Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
-from model import GROUPS, GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
+from model import (
+    GROUPS,
+    SIZES,
+    GPTConfig,
+    ResNetConfig,
+    ViTConfig,
+    build,
+    estimate_statistics,
+    initial_value,
+    units_of,
+)
 from sdp import SDP, Bucket, Route, bucket_of
 
 HERE = Path(__file__).parent
@@ -282,6 +302,37 @@ def test_masks_balance_cost_where_blocks_differ(seed):
     assert load.max() / load.mean() < 1.15 and spectral_gap(mask) > 0.3
 
 
+def test_masks_of_a_resnet_balance_parameters_and_show_flops():
+    with torch.device("meta"):
+        whole = build(ResNetConfig())
+        units = units_of(whole, "block")
+    assert [unit.flops for unit in units[:3]] == [2 * 32 * 32 * 64 * 64 * 9 * 2] * 2 + [
+        2 * 16 * 16 * 9 * (64 * 128 + 128 * 128)
+    ]
+    assert [u.cost for u in units[:3]] == [73984, 73984, 9 * (64 * 128 + 128 * 128) + 4 * 128]
+    mask = assign(units, workers=8, holders=4)
+    load, flops = (mask @ np.array([getattr(u, what) for u in units]) for what in ("cost", "flops"))
+    assert load.max() / load.mean() <= 1.15 and spectral_gap(mask) >= 0.3
+    shown = masks.describe(mask, units, 0.5)
+    assert f"{load.max() / load.mean():.3f} times in parameters" in shown
+    assert f"{flops.max() / flops.mean():.3f} times in FLOPs" in shown
+
+
+def test_masks_kept_blocks():
+    stages = (0, 2, 4, 6)
+    assert masks.kept_blocks("none", 8, stages) == set()
+    assert masks.kept_blocks("ends", 6) == {0, 5}
+    assert masks.kept_blocks("strided", 8, stages) == {0, 2, 4, 6}
+    assert masks.kept_blocks("1,3", 6) == {1, 3}
+    for keep, blocks in (("strided", 6), ("6", 6), ("-1", 6), ("a", 6), ("0,", 6), ("ends", 2)):
+        with pytest.raises(ValueError, match="--keep"):
+            masks.kept_blocks(keep, blocks)
+    with torch.device("meta"):
+        units = {kind: units_of(build(ResNetConfig()), kind, {0, 2, 4, 6}) for kind in ("block", "neuron")}
+    assert [unit.layer for unit in units["block"]] == [f"blocks.{i}.branch" for i in (1, 3, 5, 7)]
+    assert {unit.layer for unit in units["neuron"]} == {f"blocks.{i}.branch.0" for i in (1, 3, 5, 7)}
+
+
 def test_masks_spectral_gap():
     assert spectral_gap(np.ones((5, 7), bool)) == 1
     cliques = np.zeros((4, 6), bool)
@@ -340,6 +391,82 @@ def test_model_attention_is_causal_and_sees_positions():
     assert not torch.allclose(model(same)[0, -1], model(swapped)[0, -1])
 
 
+@pytest.mark.parametrize(
+    "config, params",
+    [
+        (ResNetConfig(), 11_173_962),
+        (ResNetConfig(classes=1000, image=224), 11_689_512),
+        (ViTConfig(**SIZES["vit"]["tiny"], classes=1000, image=224), 5_690_496),  # ViT-Ti/16: 5.7 M
+        (ViTConfig(**SIZES["vit"]["small"], classes=1000, image=224), 21_997_824),  # ViT-S/16: 22.1 M
+        (ViTConfig(**SIZES["vit"]["cifar"]), 1_000_448),
+        (GPTConfig(**SIZES["gpt"]["tiny"]), 1_050_240),
+    ],
+)
+def test_model_has_as_many_parameters_as_in_the_literature(config, params):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(config).parameters()) == params
+
+
+@pytest.mark.parametrize("image", [32, 96])
+def test_model_resnet_is_the_standard_one(image):
+    """Against ResNet-18 as it is usually written, in layers of torch, with the same weights."""
+    nn, config = torch.nn, ResNetConfig(width=8, classes=5, image=image)
+
+    class Standard(nn.Module):
+        def __init__(self, a, b):
+            super().__init__()
+            s = 1 if a == b else 2
+            self.conv1, self.bn1 = nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b)
+            self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+            self.down = nn.Sequential(nn.Conv2d(a, b, 1, s, bias=False), nn.BatchNorm2d(b))
+            self.down = self.down if s == 2 else nn.Identity()
+
+        def forward(self, x):
+            h = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            return (h + self.down(x)).relu()
+
+    large = [nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    small = [nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    widths = [8, 8, 8, 16, 16, 32, 32, 64, 64]
+    blocks = [Standard(a, b) for a, b in zip(widths, widths[1:])]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)]
+    standard = nn.Sequential(*(small if image == 32 else large), *blocks, *pool).double()
+    dense = dense_model(config)
+    block = ["branch.0.conv1", "branch.0.norm.weight", "branch.0.norm.bias", "branch.0.conv2"]
+    block += ["branch.1.weight", "branch.1.bias"]
+    down = ["shortcut.0.weight", "shortcut.1.weight", "shortcut.1.bias"]
+    names = [f"blocks.{i}.{name}" for i in range(8) for name in block + (down if i in (2, 4, 6) else [])]
+    names = ["stem.conv.weight", "stem.norm.weight", "stem.norm.bias", *names, "head.weight", "head.bias"]
+    assert set(names) == set(dict(dense.named_parameters()))
+    ours = [dense.get_parameter(name) for name in names]
+    ours = [p.transpose(0, 1) if name.endswith("conv2") else p for name, p in zip(names, ours)]
+    with torch.no_grad():
+        for a, b in zip(standard.parameters(), ours, strict=True):
+            a.copy_(b)
+    x = torch.randn(3, 3, image, image, dtype=torch.float64)
+    torch.testing.assert_close(dense(x), standard(x))
+
+
+def statistics_of_everything(n_batches):
+    """Estimated with the batches shared out, and by one process alone over all of them."""
+    config, rank, n = SMALL_RESNET, dist.get_rank(), dist.get_world_size()
+    batches = [batch(step, config=config)[0] for step in range(n_batches)]
+    shared = dense_model(config)
+    estimate_statistics(shared, batches[rank::n])
+    x = torch.cat([torch.nn.functional.conv2d(x, shared.stem.conv.weight, padding=1) for x in batches])
+    expected = x.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(shared.stem.norm.running_mean, expected.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared.stem.norm.running_var, expected.var(1, False), rtol=1e-5, atol=1e-6)
+    assert not shared.training
+    return shared.state_dict()
+
+
+def test_batch_norm_statistics_do_not_depend_on_processes(in_processes):
+    of_one, of_three = (in_processes(n, statistics_of_everything, 5)[0] for n in (1, 3))
+    assert_close(of_one, of_three, 1e-12)
+    assert sum("running" in name for name in of_one) == 2 * 20
+
+
 def test_data_batches_depend_on_seed_and_step_alone():
     text = python_text(context=16, tests=3)
     assert 5e6 < len(text.train) and 2e5 < len(text.held_out) < 0.2 * len(text.train)
@@ -363,6 +490,274 @@ def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
     a, b = (python_text(tmp_path / name, context=8) for name in "ab")
     assert a.fingerprint() == b.fingerprint() and len(a.held_out) > 0
     assert b"never read" not in a.train.tobytes() + a.held_out.tobytes()
+
+
+CIFAR = HERE.parent / "shared" / "data"  # real images, which a user's checkout does not have
+IMAGENET = CIFAR / "imagenet-sample"
+needs_images = pytest.mark.skipif(not CIFAR.exists(), reason="the sample images in ../shared/data are absent")
+
+
+def some_images(number=20, size=8, crop=data.shifted):
+    rng = np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (number, 3, size, size), dtype=np.uint8), rng.integers(0, 5, number)
+    return Images(images, labels, images, labels, 5, size, (127.5,) * 3, (1.0,) * 3, crop)
+
+
+@pytest.mark.parametrize("crop", [data.shifted, data.resized])
+def test_data_images_depend_on_seed_and_step_alone(crop):
+    images = some_images(crop=crop)
+    x, y = images.batch(0, 2, 16)
+    assert x.shape == (16, 3, 8, 8) and y.shape == (16,)
+    for rows in (slice(0, 4), slice(4, 16)):
+        assert all(map(torch.equal, images.batch(0, 2, 16, rows), (x[rows], y[rows])))
+    assert not torch.equal(x, images.batch(1, 2, 16)[0]) and not torch.equal(x, images.batch(0, 3, 16)[0])
+
+
+def test_data_epochs_go_through_all_images():
+    images = some_images()
+    images.labels = np.arange(20)
+    seen = torch.cat([images.batch(0, step, 16)[1] for step in range(1, 6)])  # 80 = 4 epochs
+    first, second = seen[:20], seen[20:40]
+    assert all(torch.equal(epoch.sort().values, torch.arange(20)) for epoch in seen.split(20))
+    assert not torch.equal(first, second)
+    assert images.batch(0, 0, 50)[1].shape == (50,)  # step 0, for batch norm
+
+
+def test_data_crops_by_hand():
+    """Moved by whole pixels, mirrored, outside the mean colour."""
+    images = some_images()
+    original = torch.from_numpy(images.train[:1]).float() - 127.5
+    boxes = np.array([[0, 0, 1, 1], [0, 0, -1, 1], [0.25, -0.5, 1, 1]])
+    x = images._cut(images.train, np.zeros(3, int), boxes, "cpu")
+    expected = torch.zeros(1, 3, 8, 8)
+    expected[:, :, 2:, :7] = original[:, :, :6, 1:]  # a quarter of 1 is one of 8 pixels; half, two
+    torch.testing.assert_close(x, torch.cat([original, original.flip(3), expected]), rtol=0, atol=1e-2)
+    torch.testing.assert_close(images.validation(slice(0, 1))[0], original, rtol=0, atol=1e-2)
+    boxes = data.shifted(np.random.default_rng(0), 1000, 32, 32)
+    assert set(np.unique(boxes[:, :2] * 16)) == set(range(-4, 5)) and (boxes[:, 2:] == 1).all()
+    boxes = data.resized(np.random.default_rng(0), 1000, 256, 224)
+    assert (abs(boxes[:, :2]) + boxes[:, 2:] <= 1 + 1e-9).all() and boxes[:, 2:].min() > 0.4
+
+
+@needs_images
+def test_data_cifar_of_the_sample():
+    images = data.load("cifar10", CIFAR)
+    assert (images.rows, images.tests, images.shape) == (10_000, 2_000, {"classes": 10, "image": 32})
+    assert data.load("cifar10", CIFAR / "cifar-10-batches-py").fingerprint() == images.fingerprint()
+    x, _ = images.validation(slice(0, 500))
+    assert x.mean().abs() < 0.2 and 0.8 < x.std() < 1.2
+
+
+def official(images, labels, key="labels", module="numpy.core.multiarray"):
+    """A pickle as the official files are: of Python 2, with numpy's old module name."""
+    array = b"c" + module.encode() + b"\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    dtype = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+    raw = images.tobytes()
+    state = b"(I1\n(" + b"".join(b"I%d\n" % n for n in images.shape) + b"t" + dtype
+    state += b"I00\nT" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    return (
+        b"(dS'data'\n"
+        + array
+        + state
+        + b"sS'"
+        + key.encode()
+        + b"'\n(l"
+        + b"".join(b"I%d\na" % n for n in labels)
+        + b"s."
+    )
+
+
+def small_archive(folder, name="cifar10", extra=(), **changes):
+    """An archive of three images a file, and its MD5 in the table of archives."""
+    source, folder = data.CIFAR[name], Path(folder)
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / source.archive, "w:gz") as tar:
+        for file in (*source.train, source.test):
+            content = official(rng.integers(0, 256, (3, 3072), dtype=np.uint8), [0, 1, 2], source.label)
+            content = changes.get(file, content)
+            info = tarfile.TarInfo(f"{source.folder}/{file}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info in extra:
+            tar.addfile(info)
+    md5 = hashlib.md5((folder / source.archive).read_bytes()).hexdigest()
+    return source._replace(md5=md5)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder, and the address at which a server on this machine offers it."""
+    (tmp_path / "web").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / "web", f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_data_downloads_checks_and_unpacks(tmp_path, monkeypatch, web, name):
+    folder, url = web
+    link = tarfile.TarInfo("cifar-10-batches-py/link")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    source = small_archive(folder, name, extra=[link, tarfile.TarInfo("../outside")])
+    monkeypatch.setitem(data.CIFAR, name, source)
+    images = data.cifar(name, tmp_path / "here", url + source.archive)
+    assert images.rows == 3 * len(source.train) and images.tests == 3 and images.train.dtype == np.uint8
+    assert sorted(os.listdir(tmp_path / "here")) == sorted([source.folder, source.archive])
+    assert sorted(os.listdir(tmp_path / "here" / source.folder)) == sorted([*source.train, source.test])
+    assert not (tmp_path / "outside").exists()
+    (folder / source.archive).unlink()
+    assert data.cifar(name, tmp_path / "here").rows == images.rows  # and once it is there, without a network
+
+
+def test_data_others_wait_for_the_download(tmp_path, monkeypatch, web):
+    folder, url = web
+    source = small_archive(folder)
+    monkeypatch.setitem(data.CIFAR, "cifar10", source)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(data.cifar, "cifar10", tmp_path / "here", "http://localhost:1/never-asked")
+        time.sleep(0.2)
+        assert not waiting.done()
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert (
+            data.cifar("cifar10", tmp_path / "here", url + source.archive).rows
+            == waiting.result(30).rows
+            == 15
+        )
+
+
+def bad_cifar(folder, monkeypatch, url, damage):
+    source = small_archive(folder / "web")
+    monkeypatch.setitem(data.CIFAR, "cifar10", source)
+    archive, here = folder / "web" / source.archive, folder / "here"
+    if damage == "no network":
+        return "http://localhost:1/x", ("could not be downloaded", "--data-url", source.folder)
+    if damage == "not found":
+        return url + "elsewhere", ("could not be downloaded", "404")
+    if damage == "not an address":
+        return "mirror", ("mirror", "could not be downloaded")
+    if damage == "truncated":
+        archive.write_bytes(archive.read_bytes()[:-1000])
+        return url + source.archive, ("MD5", source.md5)
+    if damage == "corrupt":  # the right sum of wrong bytes
+        archive.write_bytes(archive.read_bytes()[:-1000])
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        monkeypatch.setitem(data.CIFAR, "cifar10", source._replace(md5=md5))
+        return url + source.archive, ("cannot be unpacked",)
+    if damage == "a link":
+        with tarfile.open(archive, "w:gz") as tar:
+            for file in (*source.train, source.test):
+                link = tarfile.TarInfo(f"{source.folder}/{file}")
+                link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(link)
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        monkeypatch.setitem(data.CIFAR, "cifar10", source._replace(md5=md5))
+        return url + source.archive, ("cannot be unpacked",)
+    here = here / source.folder
+    here.mkdir(parents=True)
+    if damage == "wrong folder":
+        return None, ("data_batch_1", "No such file")
+    images = np.zeros((3, 3072), np.uint8)
+    content, says = {
+        "image size": (official(images[:, :192], [0, 1, 2]), "(3, 192)"),
+        "labels": (official(images, [0, 1, 10]), "labels from 0 to 10"),
+        "too few labels": (official(images, [0, 1]), "for 2 labels"),
+        "no images": (official(images[:0], []), "for 0 labels"),
+        "half a file": (official(images, [0, 1, 2])[:5000], "data_batch_1"),
+        "empty file": (b"", "data_batch_1"),
+        "text": (b"hello", "data_batch_1"),
+        "another pickle": (pickle.dumps([1, 2]), "data_batch_1"),
+        "a call": (b"cos\nsystem\n(S'touch /tmp/sdp-was-here'\ntR.", "os.system"),
+    }[damage]
+    for file in (*source.train, source.test):
+        (here / file).write_bytes(content)
+    return None, ("data_batch_1", says, "load it again")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    "no network,not found,not an address,truncated,corrupt,a link,wrong folder,image size,labels,"
+    "too few labels,no images,half a file,empty file,text,another pickle,a call".split(","),
+)
+def test_data_bad_cifar_ends_with_one_line(tmp_path, monkeypatch, capsys, web, damage):
+    url, says = bad_cifar(tmp_path, monkeypatch, web[1], damage)
+    flags = ["cifar10", "--data-dir", str(tmp_path / "here"), *(["--data-url", url] if url else [])]
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and all(word in last for word in says), last
+    assert not Path("/tmp/sdp-was-here").exists() and not list(tmp_path.glob("here/*part*"))
+
+
+@needs_images
+def test_data_imagenet_of_the_sample(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    src = tmp_path / "src"
+    shutil.copytree(IMAGENET, src)
+    classes = sorted(os.listdir(src / "train"))
+    (src / "train" / classes[1] / "broken.JPEG").write_bytes(b"not an image")
+    data.make_imagenet(src, tmp_path / "out", size=64)
+    said = capsys.readouterr()
+    assert "broken.JPEG" in said.out + said.err and "24 images of 24 classes, 1 broken" in said.out
+    images = data.load("imagenet", tmp_path / "out")
+    assert isinstance(images.train, np.memmap) and images.train.shape == (24, 3, 73, 73)
+    assert images.shape == {"classes": 24, "image": 64} and images.labels.tolist() == list(range(24))
+    x, y = images.batch(0, 1, 4)
+    assert x.shape == (4, 3, 64, 64) and images.validation(slice(None))[0].shape == (24, 3, 64, 64)
+    assert not list((tmp_path / "out").glob("*.part"))
+    from PIL import Image
+
+    (path,) = (src / "val" / classes[5]).iterdir()
+    with Image.open(path) as image:
+        colour = np.asarray(image.convert("RGB").resize((1, 1), Image.Resampling.BOX)).reshape(3)
+    assert np.abs(images.test[5].mean((1, 2)) - colour).max() < 25  # that image, its channels in order
+
+
+def bad_imagenet(folder, damage):
+    src, out = folder / "src", folder / "out"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (src / split / name).mkdir(parents=True)
+            (src / split / name / "x.jpg").write_bytes(b"not an image")
+    if damage == "no val":
+        shutil.rmtree(src / "val")
+        return ("--src", "no folder val")
+    if damage == "an empty class folder":
+        (src / "train" / "b" / "x.jpg").unlink()
+        return ("--src", "class folder b", "no images")
+    if damage == "another class":
+        (src / "val" / "b").rename(src / "val" / "c")
+        return ("val has the class c",)
+    if damage == "only broken images":
+        return ("class folder a", "only broken images")
+    out.write_text("a file")
+    return ("exists",)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no val", "an empty class folder", "another class", "only broken images", "no folder"]
+)
+def test_data_bad_imagenet_ends_with_one_line(tmp_path, monkeypatch, capsys, damage):
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    says = bad_imagenet(tmp_path, damage)
+    flags = ["imagenet", "--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--size", "16"]
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and all(word in last for word in says), last
+    with pytest.raises(ValueError, match="no complete arrays"):
+        data.load("imagenet", tmp_path / "out")
+
+
+def test_data_imagenet_needs_pillow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ValueError, match="Pillow"):
+        data.make_imagenet(tmp_path, tmp_path / "out", 16)
 
 
 # ---- the engine
