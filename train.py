@@ -464,11 +464,13 @@ def main(argv=None):
     )
     params = sum(p.numel() for p in whole.parameters())
     shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
+    kept = sorted(kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage))
+    kept = f", with blocks {', '.join(map(str, kept))}" if kept else ""
     what = "images" if isinstance(data, Images) else f"sequences of {data.context} tokens"
     if engine.rank == 0:
         print(describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
         print(
-            f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers\n"
+            f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{kept}\n"
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
             f"a step is {args.batch_size} {what}\n"
             "loss: the mean over the workers, each on its own rows of the batch"
