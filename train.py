@@ -75,7 +75,8 @@ def make_parser():
          " (of a ResNet: the first of each stage), or numbers such as 0,5"),
         ("--workers", at_least(1), None, "workers N, a multiple of the processes, which play them in turn"
          " (default: as many as processes; 4 for one process with a mask)"),
-        ("--model", tuple(CONFIGS), "gpt", "a LLaMA-style language model, a vision transformer, a ResNet-18"),
+        ("--model", tuple(CONFIGS), "gpt", "a LLaMA-style language model, a vision transformer, or a"
+         " ResNet-18; the last two have defaults of their own, see DEFAULTS in train.py"),
         ("--size", str, None, "preset of the model's shape, by default the first that fits the data: "
          + "; ".join(f"{model}: {', '.join(sizes)}" for model, sizes in SIZES.items() if sizes)),
         ("--layers", at_least(1), None, "transformer blocks (default: as --size says)"),
