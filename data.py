@@ -10,11 +10,13 @@ Needs numpy, torch and tqdm, and the parser of masks.py. Read next: train.py, th
 """
 
 import hashlib
+import http.client
 import json
 import os
 import pickle
 import sysconfig
 import tarfile
+import tempfile
 import time
 import urllib.request
 import zlib
@@ -115,10 +117,11 @@ class Images:
         self.rows, self.tests = len(train), len(test)
 
     def to(self, device):
-        """Keep the images to train on in the memory of an accelerator, if they take at most half of what is
+        """Keep the images in the memory of an accelerator, if they take at most half of what is
         free there: then nothing but row numbers has to travel."""
-        if device.type == "cuda" and self.train.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.train = torch.from_numpy(self.train).to(device)
+        size = self.train.nbytes + self.test.nbytes
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            self.train, self.test = (torch.from_numpy(a).to(device) for a in (self.train, self.test))
         return self
 
     def batch(self, seed, step, size, rows=slice(None), device="cpu"):
@@ -239,10 +242,13 @@ def cifar(name, data_dir="datasets", url=None):
 def download(source, folder, url=None):
     """The archive's path in `folder`, downloaded if it is not there, in any case with the right MD5."""
     path, url = folder / source.archive, url or CIFAR_URL + source.archive
-    if not path.exists():
-        part = path.with_name(f"{path.name}.part{os.getpid()}")
+    if path.exists():
+        check_md5(path, source, f"delete it and load {source.archive} again")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
+        part = Path(part) / source.archive
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if url.startswith(CIFAR_URL):
                 print(f"from {CIFAR_URL} this can take an hour; --data-url names a mirror", flush=True)
             with urllib.request.urlopen(url, timeout=30) as reply, part.open("wb") as file:
@@ -250,44 +256,45 @@ def download(source, folder, url=None):
                 with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                     while block := reply.read(1 << 16):
                         bar.update(file.write(block))
-            part.rename(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
                 f"{url}: could not be downloaded ({error}); put {source.archive} or the folder "
                 f"{source.folder} into {folder}, or name a mirror of the archive by --data-url"
             ) from None
-        finally:
-            part.unlink(missing_ok=True)
-    found = hashlib.md5(path.read_bytes()).hexdigest()
+        check_md5(part, source, f"it came from {url}: try again, or another --data-url")
+        return part.replace(path)
+
+
+def check_md5(path, source, remedy):
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
     if found != source.md5:
-        raise ValueError(f"{path}: MD5 is {found} and should be {source.md5}; delete it and load it again")
-    return path
+        raise ValueError(f"{path}: is truncated or another file (MD5 {found}, not {source.md5}); {remedy}")
 
 
 def unpack(source, archive, folder):
     """Write the files that we know by name, and nothing else of what an archive may contain."""
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    part.mkdir()
-    try:
-        with tarfile.open(archive) as tar:
-            for name in (*source.train, source.test):
-                (part / name).write_bytes(tar.extractfile(f"{source.folder}/{name}").read())
-        part.rename(folder)
-    except (tarfile.TarError, KeyError, AttributeError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{archive}: cannot be unpacked to {folder} ({error})") from None
-    finally:
-        for leftover in part.glob("*"):
-            leftover.unlink()
-        if part.exists():
-            part.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="part-") as part:
+        part = Path(part) / source.folder
+        part.mkdir()
+        try:
+            with tarfile.open(archive) as tar:
+                for name in (*source.train, source.test):
+                    (part / name).write_bytes(tar.extractfile(f"{source.folder}/{name}").read())
+            if not folder.exists():  # another machine can have been faster
+                part.rename(folder)
+        except (tarfile.TarError, KeyError, AttributeError, EOFError, zlib.error, OSError) as error:
+            raise ValueError(f"{archive}: cannot be unpacked to {folder} ({error})") from None
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads arrays and plain containers, and can call nothing else that a pickle may name."""
 
     def find_class(self, module, name):
-        if (module, name) in (("_codecs", "encode"), ("numpy", "dtype")):
-            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, _: text.encode("latin1")  # how bytes are written, and no other encoding
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
         if (module, name) == ("numpy", "ndarray"):
             return None  # is only handed to _reconstruct, not called
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -304,10 +311,12 @@ def read_cifar(path, source):
         images, labels = content["data"], np.array(content[source.label], dtype=np.int64)
         if images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32) or not len(labels):
             raise ValueError(f"images of {images.dtype} {images.shape} for {len(labels)} labels")
+        if labels.ndim != 1:
+            raise ValueError(f"labels in {labels.ndim} dimensions")
         if labels.min() < 0 or labels.max() >= source.classes:
             raise ValueError(f"labels from {labels.min()} to {labels.max()}")
     except Exception as error:  # what a damaged pickle raises could be anything
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path}: is not a file of {source.archive} ({reason}); delete {path.parent} and load it again"
         ) from None
@@ -325,19 +334,22 @@ def imagenet(folder):
     try:
         about = json.loads((folder / "about.json").read_text())
         size, classes = about["size"], about["classes"]
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "val")]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("train", "val")]
         labels = [np.load(folder / f"{name}-labels.npy") for name in ("train", "val")]
         for images, of_images in zip(arrays, labels):
             n, side = len(of_images), about["side"]
-            if (
-                images.dtype != np.uint8
-                or images.shape != (n, 3, side, side)
-                or of_images.max() >= len(classes)
-            ):
+            if images.dtype != np.uint8 or images.shape != (n, 3, side, side) or not 0 < size <= side:
                 raise ValueError(f"images of {images.dtype} {images.shape} for {n} labels, {side} pixels")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if (of_images.dtype, of_images.ndim) != (
+                np.int64,
+                1,
+            ) or not 0 <= of_images.min() <= of_images.max():
+                raise ValueError("labels that are none")
+            if of_images.max() >= len(classes):
+                raise ValueError(f"label {of_images.max()}, and only {len(classes)} classes")
+    except Exception as error:  # what a damaged file raises could be anything
         raise ValueError(
-            f"--data-dir {folder}: has no complete arrays of images ({error}); make them with "
+            f"--data-dir {folder}: has no complete arrays of images ({' '.join(str(error).split())}); make them with "
             f"python data.py imagenet --src DIR --out {folder}"
         ) from None
     mean, std = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
@@ -391,35 +403,39 @@ def make_imagenet(src, out, size):
         raise ValueError(f"--src {src}: val has the class {min(foreign)}, which train has not")
     out.mkdir(parents=True, exist_ok=True)
     (out / "about.json").unlink(missing_ok=True)
-    for split, folders in of_split.items():
-        paths = [(path, label) for label, name in enumerate(classes) for path in folders.get(name, ())]
-        images, labels, broken = out / f"{split}.npy.part", [], 0
-        with (
-            images.open("wb") as file,
-            ThreadPoolExecutor() as pool,
-            tqdm(total=len(paths), desc=split) as bar,
-        ):
-            write_header(file, len(paths), side)
-            for begin in range(0, len(paths), 256):
-                some = paths[begin : begin + 256]
-                for (_, label), image in zip(some, pool.map(decode, (path for path, _ in some))):
-                    bar.update()
-                    if isinstance(image, str):
-                        broken += 1
-                        bar.write(f"left out: {image}")
-                    else:
-                        file.write(image.tobytes())
-                        labels.append(label)
-            file.seek(0)
-            write_header(file, len(labels), side)  # numpy leaves room for a number of any length
-        if set(labels) != {label for _, label in paths}:
-            lost = classes[min({label for _, label in paths} - set(labels))]
-            raise ValueError(f"--src {src}: in {split} the class folder {lost} has only broken images")
-        np.save(out / f"{split}-labels.npy", np.array(labels, dtype=np.int64))
-        images.rename(out / f"{split}.npy")
-        print(f"{split}: {len(labels):,} images of {len(folders)} classes, {broken} broken ones left out")
-    about = {"size": size, "side": side, "classes": classes}
-    (out / "about.json").write_text(json.dumps(about) + "\n")  # last: without it the arrays are not complete
+    with tempfile.TemporaryDirectory(dir=out, prefix="part-") as part:
+        part = Path(part)
+        for split, folders in of_split.items():
+            paths = [(path, label) for label, name in enumerate(classes) for path in folders.get(name, ())]
+            labels = []
+            with (
+                (part / f"{split}.npy").open("wb") as file,
+                ThreadPoolExecutor() as pool,
+                tqdm(total=len(paths), desc=split) as bar,
+            ):
+                write_header(file, len(paths), side)
+                for begin in range(0, len(paths), 256):
+                    some = paths[begin : begin + 256]
+                    for (_, label), image in zip(some, pool.map(decode, (path for path, _ in some))):
+                        bar.update()
+                        if isinstance(image, str):
+                            bar.write(f"left out: {image}")
+                        else:
+                            file.write(image.tobytes())
+                            labels.append(label)
+                file.seek(0)
+                write_header(file, len(labels), side)  # numpy leaves room for a number of any length
+            if lost := {label for _, label in paths} - set(labels):
+                lost = classes[min(lost)]
+                raise ValueError(f"--src {src}: in {split} the class folder {lost} has only broken images")
+            np.save(part / f"{split}-labels.npy", np.array(labels, dtype=np.int64))
+            broken = len(paths) - len(labels)
+            print(f"{split}: {len(labels):,} images of {len(folders)} classes, {broken} broken ones left out")
+        about = {"size": size, "side": side, "classes": classes}
+        (part / "about.json").write_text(json.dumps(about) + "\n")
+        for name in ("train", "train-labels", "val", "val-labels"):
+            (part / f"{name}.npy").replace(out / f"{name}.npy")
+        (part / "about.json").replace(out / "about.json")  # last: without it the arrays are not complete
 
 
 def write_header(file, number, side):
@@ -428,6 +444,11 @@ def write_header(file, number, side):
 
 
 # ---- the command
+
+
+def shape_of(name):
+    """What a model must know of --data, where that is known without loading it, or None."""
+    return {"classes": CIFAR[name].classes, "image": 32} if name in CIFAR else None
 
 
 def load(name, folder=None, url=None, context=128, tests=1):
@@ -448,7 +469,7 @@ def main():
         command.add_argument("--data-url", help="a mirror of the archive (default: the university's site)")
     command = commands.add_parser("imagenet", help="arrays of folders of JPEGs")
     command.add_argument("--src", required=True, help="folder with train/ and val/, each of class folders")
-    command.add_argument("--size", type=at_least(8), default=224, help="pixels of a side (default: 224)")
+    command.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     command.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
     args = parser.parse_args()
     try:

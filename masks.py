@@ -70,10 +70,15 @@ def assign(units, workers, holders, seed=0):
             f"worker without any; a coverage of at least {enough:g} works, or fewer --workers"
         )
     rng = np.random.default_rng([seed, workers, holders])
-    mask = deal(units, workers, holders, rng)
-    if holders < workers:
-        mix(mask, units, rng)
-    return mask
+    best = None
+    for _ in range(4):  # where units differ in cost, a search can end with an uneven load
+        mask = deal(units, workers, holders, rng)
+        load = (mask if holders == workers else mix(mask, units, rng)) @ np.array([u.cost for u in units])
+        if best is None or load.max() < best[0]:
+            best = load.max(), mask
+        if load.max() <= 1.1 * load.mean() or holders == workers:
+            break
+    return best[1]
 
 
 def deal(units, workers, holders, rng):
@@ -128,6 +133,7 @@ def mix(mask, units, rng):
             best, reach = after
         else:
             mask[np.ix_([i, j], swap)] ^= True
+    return mask
 
 
 def components(mask):

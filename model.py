@@ -289,6 +289,8 @@ class ResNetConfig:
             raise ValueError(
                 f"--width {self.width}: must be a multiple of {CHANNEL_GROUPS}, the groups of channels"
             )
+        if self.image < 16:
+            raise ValueError(f"images of {self.image} pixels: a ResNet-18 needs at least 16")
 
 
 class Shape(NamedTuple):
@@ -300,13 +302,20 @@ class Shape(NamedTuple):
     norm: str
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Keeps no running statistics in training: `estimate_statistics` or a saved model brings them."""
+
+    def __init__(self, channels):
+        super().__init__(channels, track_running_stats=False)
+
+    def _load_from_state_dict(self, saved, prefix, *more):
+        if f"{prefix}running_mean" in saved:
+            self.running_mean, self.running_var = (torch.empty_like(self.weight.detach()) for _ in range(2))
+        super()._load_from_state_dict(saved, prefix, *more)
+
+
 def make_norm(kind, channels, groups=CHANNEL_GROUPS):
-    """Batch norm keeps no running statistics while training: see `estimate_statistics`."""
-    return (
-        nn.BatchNorm2d(channels, track_running_stats=False)
-        if kind == "batch"
-        else nn.GroupNorm(groups, channels)
-    )
+    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(groups, channels)
 
 
 class Convolutions(Branch):
@@ -400,13 +409,13 @@ def estimate_statistics(model, batches):
     nor averages of them fit the whole model. Sums and sums of squares are added over batches and processes,
     so it does not matter who has which batch; each is normalised by itself on the way.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     sums = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
 
     def add(norm, inputs):
-        var, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3), correction=0)  # each (channels,)
-        of_one = torch.stack([torch.ones_like(mean), mean, var + mean**2]).cpu().double()
-        sums[norm] += of_one * inputs[0][:, 0].numel()
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        var, mean = (v.cpu().double() for v in torch.var_mean(x, dim=(0, 2, 3), correction=0))  # (channels,)
+        sums[norm] += torch.stack([torch.ones_like(mean), mean, var + mean**2]) * x[:, 0].numel()
 
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     model.train()
@@ -418,8 +427,9 @@ def estimate_statistics(model, batches):
         on_device = sums[norm].to(norm.weight.device)
         dist.all_reduce(on_device)
         number, total, squares = on_device
+        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))  # bfloat16 is too coarse for them
         norm.running_mean = (total / number).to(norm.weight.dtype)
-        norm.running_var = (squares / number - (total / number) ** 2).to(norm.weight.dtype)
+        norm.running_var = (squares / number - (total / number) ** 2).clamp(min=0).to(norm.weight.dtype)
     model.eval()  # from now on it uses them
 
 

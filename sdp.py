@@ -227,7 +227,7 @@ class Worker:
 class SDP:
     """Trains one model with len(mask) workers on the processes of the default group.
 
-    build: build(trained, frozen) -> module, both {layer: number of units}, as model.GPT takes them.
+    build: build(trained, frozen) -> module, both {layer: number of units}, as model.build takes them.
     initial_value: initial_value(whole model, parameter's name) -> float tensor on the CPU.
     optimizer: optimizer(groups) -> an elementwise torch.optim.Optimizer, on pieces of parameters.
     units, mask, mode: see masks.py; mask is bool [workers, units]. Process r plays the workers r, r + P, ...

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from statistics import mean, median
@@ -31,7 +32,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
-from data import Images, load
+from data import Images, load, shape_of
 from masks import (
     MODES,
     Parser,
@@ -164,34 +165,45 @@ def check(args, processes, parser):
         fail(f"--label-smoothing {args.label_smoothing:g}: must be at most 1, such as 0.1")
     try:
         check_coverage(args.coverage)  # also where it decides nothing
-        tests = args.eval_batches * args.batch_size
-        data = load(args.data, args.data_dir, args.data_url, args.context or 128, tests)
-        args.steps = args.steps or (
-            math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else 300
-        )
+        text = {"context": args.context or 128, "tests": args.eval_batches * args.batch_size}
+        load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
+        config = make_config(
+            args, shape_of(args.data) or load_data().shape
+        )  # flags first: a download is long
         with torch.device("meta"):
-            whole = build(make_config(args, data.shape))
+            whole = build(config)
             kept = kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
             units = units_of(whole, args.units, kept)
         mask = np.ones((args.workers, len(units)), dtype=bool)
         if args.mask != "none":
             mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
+        if args.out and os.environ.get("RANK", "0") == "0":
+            prepare_out(Path(args.out), args.overwrite)
+        data = load_data()
     except (ValueError, OSError) as error:
         fail(str(error))
-    if args.out and os.environ.get("RANK", "0") == "0":
-        out = Path(args.out)
-        try:
-            if not args.overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
-                fail(f"--out {out}: has a run already; choose another folder, or replace it by --overwrite")
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-        except OSError as error:
-            fail(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can")
+    updates = math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else 300
+    args.steps = args.steps or updates
     if alone and unasked:
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
     elif alone and args.workers == 1:
         print("--workers 1: one worker holds everything, whatever the mask")
     return whole, data, units, mask
+
+
+def prepare_out(out, overwrite):
+    """Make the folder. Raises ValueError where it has a run already, or cannot be written."""
+    try:
+        if not overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
+            raise ValueError(
+                f"--out {out}: has a run already; choose another folder, or replace it by --overwrite"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: cannot be written ({error.strerror}); choose a folder that can"
+        ) from None
 
 
 def usable_cores():
@@ -384,8 +396,8 @@ def evaluate(engine, data, args, device):
         for i in range(0, len(own), rows):
             x, y = data.validation(own[i : i + rows], device)
             logits = model(x)  # (rows, classes) or (rows, context, vocabulary)
-            loss, right = cross_entropy(logits, y).double() * y.numel(), (logits.argmax(-1) == y).sum()
-            totals += torch.stack([loss, right, torch.tensor(y.numel())]).cpu()
+            loss, right = cross_entropy(logits, y).item() * y.numel(), (logits.argmax(-1) == y).sum().item()
+            totals += torch.tensor([loss, right, y.numel()], dtype=torch.float64)
     totals = totals.to(device)
     dist.all_reduce(totals)
     loss, right, answers = totals.tolist()
@@ -448,7 +460,7 @@ def main(argv=None):
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     whole, data, units, mask = check(args, processes, parser)
     device, dtype = start(parser), getattr(torch, args.dtype)
-    local = {"out", "data_dir"}  # rank 0's alone, and whatever folder has the same data
+    local = {"out", "data_dir", "data_url"}  # rank 0's alone, and wherever the same data is
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
     facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
     agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
