@@ -453,7 +453,7 @@ def example(config, rows):
 def units_of(model, kind, kept=()):
     """The units of a whole model, layer by layer: residual blocks, or the heads and groups of neurons or
     channels in them; but for the kept blocks, which are shared. `model` is best on the meta device."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.device(next(model.parameters()).device), FlopCounterMode(display=False) as counter:
         model(*example(model.config, 1))
     counts = counter.get_flop_counts().items()  # {"ResNet.blocks.0": {operation: FLOPs}}
     flops = {name.partition(".")[2]: sum(of_operations.values()) for name, of_operations in counts}

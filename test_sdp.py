@@ -699,8 +699,8 @@ def bad_cifar(folder, monkeypatch, url, damage):
 
 @pytest.mark.parametrize(
     "damage",
-    "no network,not found,not an address,a port of letters,truncated,corrupt,a link,wrong folder,image size,labels,"
-    "too few labels,no images,half a file,empty file,text,another pickle,a call".split(","),
+    "no network,not found,not an address,a port of letters,truncated,corrupt,a link,wrong folder,image size,"
+    "labels,too few labels,no images,half a file,empty file,text,another pickle,a call".split(","),
 )
 def test_data_bad_cifar_ends_with_one_line(tmp_path, monkeypatch, capsys, web, damage):
     url, says = bad_cifar(tmp_path, monkeypatch, web[1], damage)

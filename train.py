@@ -167,9 +167,8 @@ def check(args, processes, parser):
         check_coverage(args.coverage)  # also where it decides nothing
         text = {"context": args.context or 128, "tests": args.eval_batches * args.batch_size}
         load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
-        config = make_config(
-            args, shape_of(args.data) or load_data().shape
-        )  # flags first: a download is long
+        shape = shape_of(args.data) or load_data().shape  # a download comes after all flags are checked
+        config = make_config(args, shape)
         with torch.device("meta"):
             whole = build(config)
             kept = kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
