@@ -1118,7 +1118,7 @@ def statistics_left_and_estimated(steps):
 
 @needs_images
 def test_batch_norm_needs_statistics_of_the_whole_model(in_processes):
-    """The README's numbers are those of STEPS=300 pytest -s -k needs_stat"""
+    """The README's numbers are those of pytest -s -k needs_stat"""
     steps = int(os.environ.get("STEPS", "100"))
     left, estimated = in_processes(2, statistics_left_and_estimated, steps)[0]
     print(f"after {steps} steps: accuracy {left:.3f} as training left them, {estimated:.3f} estimated anew")
