@@ -875,7 +875,8 @@ def gradients_that_arrive(mode, kind, same_batch, config):
 @each_model
 def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, same_batch, config):
     in_processes(4, gradients_that_arrive, mode, kind, same_batch, config)
-    in_processes(2, gradients_that_arrive, mode, kind, same_batch, config)
+    if config is SMALL:
+        in_processes(2, gradients_that_arrive, mode, kind, same_batch, config)
 
 
 def forward_masked_worker(kind, config):
@@ -959,7 +960,10 @@ def train_four_workers(mode, kind, config, steps=5):
 @each_model
 def test_processes_do_not_matter(in_processes, mode, kind, config):
     """Four workers on 1, 2 and 4 processes; and the initial model is the dense one whatever they hold."""
-    runs = [result for n in (1, 2, 4) for result in in_processes(n, train_four_workers, mode, kind, config)]
+    if config == CONFIGS["resnet-group-norm"] and (mode, kind) != ("backward", "neuron"):
+        pytest.skip("group norm differs from batch norm only within a unit")
+    numbers = (1, 2, 4) if config is SMALL else (1, 4)
+    runs = [result for n in numbers for result in in_processes(n, train_four_workers, mode, kind, config)]
     for first, last in runs:
         assert_close(first, dict(dense_model(config).named_parameters()), 0)
         assert_close(last, runs[0][1], 1e-10)
@@ -1067,12 +1071,11 @@ def validation_of_images(mode, kind, config):
     return train.evaluate(engine, images, args, torch.device("cpu"))
 
 
-@each_model
-def test_validation_of_images_does_not_depend_on_processes(in_processes, config):
-    if isinstance(config, GPTConfig):
-        pytest.skip("text has its own test")
-    for mode, kind in SCHEMES:
-        found = [r for n in (1, 2, 4) for r in in_processes(n, validation_of_images, mode, kind, config)]
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+def test_validation_of_images_does_not_depend_on_processes(in_processes, model):
+    for mode, kind in (("backward", "block"), ("forward", "neuron")):
+        calls = [(n, validation_of_images, mode, kind, CONFIGS[model]) for n in (1, 2, 4)]
+        found = [result for call in calls for result in in_processes(*call)]
         for result in found:
             assert result == pytest.approx(found[0], abs=1e-9)
 
@@ -1233,8 +1236,11 @@ def small_cifar(tmp_path):
     return ["--data-dir", str(tmp_path)]
 
 
-@pytest.mark.parametrize("mask", masks.MODES)
-@pytest.mark.parametrize("model, kind", [("resnet18", "block"), ("resnet18", "neuron"), ("vit", "neuron")])
+@pytest.mark.parametrize(
+    "model, kind, mask",
+    [("resnet18", "block", "none"), ("resnet18", "neuron", "backward"), ("resnet18", "block", "forward")]
+    + [("vit", "block", "none"), ("vit", "neuron", "forward")],
+)
 def test_train_on_images_under_torchrun(tmp_path, small_cifar, model, kind, mask):
     width = {"resnet18": "8", "vit": "32"}[model]
     flags = ["--model", model, "--width", width, "--units", kind, "--mask", mask, "--workers", "4"]
