@@ -70,8 +70,9 @@ def assign(units, workers, holders, seed=0):
             f"worker without any; a coverage of at least {enough:g} works, or fewer --workers"
         )
     rng = np.random.default_rng([seed, workers, holders])
-    best = None
-    for _ in range(4):  # where units differ in cost, a search can end with an uneven load
+    best, costs = None, {(unit.kind, unit.cost) for unit in units}
+    uneven = len(costs) > len({unit.kind for unit in units})
+    for _ in range(4 if uneven else 1):  # where units of a kind differ, a search can end with an uneven load
         mask = deal(units, workers, holders, rng)
         load = (mask if holders == workers else mix(mask, units, rng)) @ np.array([u.cost for u in units])
         if best is None or load.max() < best[0]:
