@@ -1119,10 +1119,10 @@ def statistics_left_and_estimated(steps):
     return left, train.evaluate(engine, images, args, torch.device("cpu"))[1]
 
 
+@pytest.mark.skipif("STEPS" not in os.environ, reason="takes minutes: STEPS=100 pytest -s -k needs_stat")
 @needs_images
 def test_batch_norm_needs_statistics_of_the_whole_model(in_processes):
-    """The README's numbers are those of pytest -s -k needs_stat"""
-    steps = int(os.environ.get("STEPS", "100"))
+    steps = int(os.environ["STEPS"])
     left, estimated = in_processes(2, statistics_left_and_estimated, steps)[0]
     print(f"after {steps} steps: accuracy {left:.3f} as training left them, {estimated:.3f} estimated anew")
     assert estimated > left + 0.05
