@@ -128,19 +128,14 @@ class Images:
         """Those rows of a step's batch, cropped and perhaps mirrored: images, float32 (rows, 3, size, size),
         and labels, int64 (rows,). Each epoch goes through all images, in an order of its own. Step 0, which
         no training has, comes from before the first epoch."""
-        places = np.arange((step - 1) * size, step * size)
-        epochs = (places // self.rows) % 2**32
-        chosen = np.empty(size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen[epochs == epoch] = shuffled(seed, int(epoch), self.rows)[
-                places[epochs == epoch] % self.rows
-            ]
+        places = range((step - 1) * size, step * size)
+        chosen = [shuffled(seed, p // self.rows % 2**32, self.rows)[p % self.rows] for p in places]
+        chosen = np.array(chosen)[rows]
         rng = np.random.default_rng([seed, step])
         boxes = self.crop(rng, size, self.train.shape[-1], self.size)  # for the whole batch
         boxes[:, 2] *= rng.choice([-1, 1], size)  # mirrored
-        return self._cut(self.train, chosen[rows], boxes[rows], device), self._pick(
-            self.labels, chosen[rows], device
-        )
+        images = self._cut(self.train, chosen, boxes[rows], device)
+        return images, self._pick(self.labels, chosen, device)
 
     def validation(self, rows, device="cpu"):
         """Those of the test images and their labels, like a batch."""
@@ -188,9 +183,8 @@ def resized(rng, number, side, size):
     """Boxes as of Inception (https://arxiv.org/abs/1409.4842): a quarter (there 8 %) to all of the area, 3/4
     to 4/3 as wide as high."""
     area, ratio = rng.uniform(0.25, 1, number), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), number))
-    scale = np.minimum(
-        1, np.sqrt(np.column_stack([area * ratio, area / ratio]))
-    )  # of the width, of the height
+    width, height = np.sqrt(area * ratio), np.sqrt(area / ratio)
+    scale = np.minimum(1, np.column_stack([width, height]))
     return np.column_stack([rng.uniform(-1, 1, (number, 2)) * (1 - scale), scale])
 
 

@@ -10,6 +10,7 @@ Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves par
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -170,11 +171,7 @@ class MLP(Branch):
         return h @ self.down  # (B, T, width)
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's, without a process-wide default: eps as in LLaMA."""
-
-    def __init__(self, width):
-        super().__init__(width, eps=1e-5)
+RMSNorm = partial(nn.RMSNorm, eps=1e-5)  # as in LLaMA
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean, median
 
@@ -32,18 +32,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
+import masks
 from data import Images, load, shape_of
-from masks import (
-    MODES,
-    Parser,
-    assign,
-    at_least,
-    check_coverage,
-    describe,
-    holders_per_unit,
-    kept_blocks,
-    spectral_gap,
-)
+from masks import Parser, at_least
 from model import CONFIGS, SIZES, build, cross_entropy, estimate_statistics, example, initial_value, units_of
 from sdp import SDP
 
@@ -51,15 +42,9 @@ BN_BATCH = 64  # images that are normalised together where statistics are estima
 DEFAULTS = {
     "gpt": {},
     "vit": {"data": "cifar10", "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05},
-    "resnet18": {
-        "data": "cifar10",
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.05,
-        "weight_decay": 5e-4,
-        "grad_clip": 0.0,
-    },
-}
+    "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
+                 "grad_clip": 0.0},
+}  # fmt: skip
 
 # ---- flags
 
@@ -67,8 +52,8 @@ DEFAULTS = {
 def make_parser():
     parser = Parser(description="Train a model with Subnetwork Data Parallelism.", allow_abbrev=False)
     for flag, kind, default, meaning in (
-        ("--mask", MODES, "backward", "none: data parallelism; backward: whole forward pass, gradients for"
-         " held units; forward: only held units exist"),
+        ("--mask", masks.MODES, "backward", "none: data parallelism; backward: whole forward pass,"
+         " gradients for held units; forward: only held units exist"),
         ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks; or attention heads"
          " and groups of hidden neurons, groups of the channels between convolutions"),
         ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
@@ -147,7 +132,7 @@ def make_config(args, shape):
 
 def check(args, processes, parser):
     """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
-    (the whole model on the meta device, data, units, mask)."""
+    (the whole model on the meta device, data, kept blocks, units, mask)."""
     fail = parser.error
     alone, unasked = processes == 1 and args.mask != "none", args.workers is None
     args.workers = args.workers or (4 if alone else processes)
@@ -164,18 +149,19 @@ def check(args, processes, parser):
     if args.label_smoothing > 1:
         fail(f"--label-smoothing {args.label_smoothing:g}: must be at most 1, such as 0.1")
     try:
-        check_coverage(args.coverage)  # also where it decides nothing
+        masks.check_coverage(args.coverage)  # also where it decides nothing
         text = {"context": args.context or 128, "tests": args.eval_batches * args.batch_size}
         load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
         shape = shape_of(args.data) or load_data().shape  # a download comes after all flags are checked
         config = make_config(args, shape)
         with torch.device("meta"):
             whole = build(config)
-            kept = kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
+            kept = masks.kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
             units = units_of(whole, args.units, kept)
         mask = np.ones((args.workers, len(units)), dtype=bool)
         if args.mask != "none":
-            mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
+            holders = masks.holders_per_unit(args.coverage, args.workers)
+            mask = masks.assign(units, args.workers, holders, args.seed)
         if args.out and os.environ.get("RANK", "0") == "0":
             prepare_out(Path(args.out), args.overwrite)
         data = load_data()
@@ -187,7 +173,7 @@ def check(args, processes, parser):
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
     elif alone and args.workers == 1:
         print("--workers 1: one worker holds everything, whatever the mask")
-    return whole, data, units, mask
+    return whole, data, kept, units, mask
 
 
 def prepare_out(out, overwrite):
@@ -382,12 +368,10 @@ def evaluate(engine, data, args, device):
     """(loss, accuracy) of the whole model on the validation data: nats per token or image, and the share of
     them for which the true one has the highest logit. Each process takes its share of the rows."""
     totals = torch.zeros(3, dtype=torch.float64)  # losses, right answers, answers
-    of_training = (
-        data.batch(args.seed, 0, args.bn_batches * BN_BATCH, slice(i * BN_BATCH, (i + 1) * BN_BATCH), device)[
-            0
-        ]
-        for i in range(engine.rank, args.bn_batches, engine.processes)
-    )
+    training = args.bn_batches * BN_BATCH  # always the same images, cut and mirrored in the same way
+    some = (slice(i, i + BN_BATCH) for i in range(0, training, BN_BATCH))
+    some = islice(some, engine.rank, None, engine.processes)
+    of_training = (data.batch(args.seed, 0, training, rows, device)[0] for rows in some)
     own = range(engine.rank, data.tests, engine.processes)
     rows = max(1, args.batch_size // engine.processes)
     with engine.whole() as model:
@@ -423,15 +407,14 @@ def train(engine, data, args, device, log):
             batches, coming = coming.result(), loader.submit(load_batches, min(step + 1, args.steps))
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for worker, (x, y) in zip(engine.workers, batches):
-                meter = (
-                    measured(engine.workers[worker].model.parameters()) if step == 1 else nullcontext(None)
-                )
-                with engine.turn(worker) as model, meter as cost:
-                    loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
-                    loss.backward()
+                with engine.turn(worker) as model:
+                    with (
+                        measured(model.parameters()) if step == 1 else nullcontext(costs.get(worker)) as cost
+                    ):
+                        loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
+                        loss.backward()
+                costs[worker] = cost
                 loss_sum += loss.detach()
-                if step == 1:
-                    costs[worker] = cost
             lr = learning_rate(step, args)
             norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
             seconds = time.perf_counter() - began
@@ -457,7 +440,7 @@ def train(engine, data, args, device, log):
 def main(argv=None):
     parser, args = parse(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    whole, data, units, mask = check(args, processes, parser)
+    whole, data, kept, units, mask = check(args, processes, parser)
     device, dtype = start(parser), getattr(torch, args.dtype)
     local = {"out", "data_dir", "data_url"}  # rank 0's alone, and wherever the same data is
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
@@ -476,13 +459,13 @@ def main(argv=None):
     )
     params = sum(p.numel() for p in whole.parameters())
     shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
-    kept = sorted(kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage))
-    kept = f", with blocks {', '.join(map(str, kept))}" if kept else ""
+    shared_blocks = f", with blocks {', '.join(map(str, sorted(kept)))}" if kept else ""
     what = "images" if isinstance(data, Images) else f"sequences of {data.context} tokens"
     if engine.rank == 0:
-        print(describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
+        print(masks.describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
         print(
-            f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{kept}\n"
+            f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers"
+            f"{shared_blocks}\n"
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
             f"a step is {args.batch_size} {what}\n"
             "loss: the mean over the workers, each on its own rows of the batch"
@@ -519,7 +502,7 @@ def main(argv=None):
             "processes": processes,
             "holders_per_unit": int(mask[:, 0].sum()),
             "coverage": float(mask[:, 0].mean()),
-            "spectral_gap": spectral_gap(mask),
+            "spectral_gap": masks.spectral_gap(mask),
             "steps": args.steps,
             "params": params,
             "shared_params": shared,
