@@ -2,6 +2,7 @@
 
     python data.py cifar10                          # or cifar100: download, check and unpack it
     python data.py imagenet --src DIR --size 224    # make arrays of folders of JPEGs (needs Pillow)
+    python data.py fineweb --shards 10              # download a billion tokens of web text
 
 No worker, process or mask enters the choice of a batch: all random numbers of a step are drawn for the whole
 batch, and a worker takes its rows of it. So runs with other numbers of workers see the same data.
@@ -39,41 +40,59 @@ HELD_OUT = 13  # of 256, the share of the files that make the validation set
 
 
 class Text:
-    """Tokens to train on and tokens held out, each a 1-D integer array, in windows of `context` tokens.
+    """Tokens to train on and tokens held out, each a list of 1-D integer arrays, in memory or memory-mapped,
+    in windows of `context` tokens that lie in one array.
 
     shape: what a model must know; rows: of how many windows an epoch consists; tests: how many there are to
     validate, evenly spaced over the held-out tokens. Raises ValueError where there are not enough tokens.
     """
 
     def __init__(self, train, held_out, vocabulary, context, tests=1):
-        tokens = min(len(train), len(held_out))
-        if tokens <= context:
-            raise ValueError(f"--context {context}: must be below {tokens}, the tokens that there are")
+        fewest = min(map(len, (*train, *held_out)))
+        if fewest <= context:
+            raise ValueError(f"--context {context}: must be below {fewest}, the tokens that there are")
         self.train, self.held_out, self.context, self.tests = train, held_out, context, tests
         self.shape = {"vocabulary": vocabulary, "context": context}
-        self.rows = len(train) // context
+        self.rows = sum(map(len, train)) // context
 
     def batch(self, seed, step, size, rows=slice(None), device="cpu"):
         """Those rows of a step's batch of `size` random windows: (tokens, targets), int64 (rows, context)."""
-        starts = np.random.default_rng([seed, step]).integers(0, len(self.train) - self.context, size)
-        return windows(self.train, starts[rows], self.context, device)
+        first = first_windows(self.train, self.context)
+        numbers = np.random.default_rng([seed, step]).integers(0, first[-1], size)
+        return windows(self.train, numbers[rows], self.context, device)
 
     def validation(self, rows, device="cpu"):
         """Those of the windows to validate, as (tokens, targets) like a batch."""
-        starts = np.linspace(0, len(self.held_out) - self.context - 1, self.tests).astype(np.int64)
-        return windows(self.held_out, starts[rows], self.context, device)
+        first = first_windows(self.held_out, self.context)
+        numbers = np.linspace(0, first[-1] - 1, self.tests).astype(np.int64)
+        return windows(self.held_out, numbers[rows], self.context, device)
 
     def to(self, device):
         return self  # windows are cut on the CPU
 
     def fingerprint(self):
-        """A number by which processes find out whether they train on the same data."""
-        return zlib.crc32(self.held_out, zlib.crc32(self.train))
+        """A number by which processes find out whether they train on the same data; of large arrays, from
+        their ends alone."""
+        found = 0
+        for tokens in (*self.train, *self.held_out):
+            few = len(tokens) < 2**25
+            for part in (tokens,) if few else (tokens[: 2**20], tokens[-(2**20) :]):
+                found = zlib.crc32(part, found)
+        return found
 
 
-def windows(tokens, starts, context, device):
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # each (len(starts), context)
+def first_windows(arrays, context):
+    """The numbers of each array's first window, and how many there are: windows are numbered through all."""
+    return np.cumsum([0] + [len(tokens) - context for tokens in arrays])
+
+
+def windows(arrays, numbers, context, device):
+    """The windows with those numbers: (tokens, targets), each int64 (len(numbers), context)."""
+    first = first_windows(arrays, context)
+    which = np.searchsorted(first, numbers, side="right") - 1
+    rows = [arrays[w][start:][: context + 1] for w, start in zip(which, numbers - first[which])]
+    rows = torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, context + 1)).to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def python_text(folder=None, context=128, tests=1):
@@ -97,7 +116,53 @@ def python_text(folder=None, context=128, tests=1):
             f"and there are {len(parts[False])} to train on and {len(parts[True])} held out; the default is "
             "the standard library of the running Python"
         )
-    return Text(train, held_out, 256, context, tests)
+    return Text([train], [held_out], 256, context, tests)
+
+
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+TOKENS = 50257  # of GPT-2; a model for them has a few more, because 50304 is a multiple of 128
+
+
+def fineweb(folder="datasets/fineweb", context=1024, tests=1):
+    """Tokens of web text (https://arxiv.org/abs/2406.17557) in shards: all *_train_*.bin and *_val_*.bin that
+    are in the folder, memory-mapped. Raises ValueError in one line where there is none, or a bad one."""
+    shards = [
+        [read_shard(p) for p in sorted(Path(folder).glob(f"*_{part}_*.bin"))] for part in ("train", "val")
+    ]
+    if not all(shards):
+        raise ValueError(
+            f"--data-dir {folder}: has no *_train_*.bin or no *_val_*.bin; "
+            f"python data.py fineweb --shards 1 --data-dir {folder} downloads some"
+        )
+    return Text(*shards, 50304, context, tests)
+
+
+def read_shard(path):
+    """uint16 tokens, memory-mapped, of a file in llm.c's format (https://github.com/karpathy/llm.c): 256
+    int32, of which the first are 20240520, 1 and the number of tokens; then the tokens. Raises ValueError."""
+    remedy = f"delete it, and load it again by python data.py fineweb --data-dir {path.parent}"
+    header, size = np.fromfile(path, dtype="<i4", count=256).tolist(), path.stat().st_size
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError(f"{path}: is no shard of tokens, by its first numbers {header[:2]}; {remedy}")
+    if size != 1024 + 2 * header[2] or header[2] < 1:
+        raise ValueError(f"{path}: has {size:,} bytes, not those of {header[2]:,} tokens; {remedy}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    if (largest := tokens.max()) >= TOKENS:
+        raise ValueError(f"{path}: has a token {largest}, beyond the vocabulary of {TOKENS}; {remedy}")
+    return tokens
+
+
+def download_fineweb(folder, shards, url=FINEWEB_URL):
+    """Load the shard to validate on and the first `shards` to train on, unless they are there. What a broken
+    connection leaves is gone on with next time. Raises ValueError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("fineweb_val_000000.bin", *(f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1))):
+        path, part = folder / name, folder / f"{name}.part"
+        if not path.exists():
+            receive(url.rstrip("/") + "/" + name, part, "try again: it goes on where it stopped")
+            read_shard(part)
+            part.replace(path)
 
 
 # ---- images
@@ -242,21 +307,34 @@ def download(source, folder, url=None):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
         part = Path(part) / source.archive
-        try:
-            if url.startswith(CIFAR_URL):
-                print(f"from {CIFAR_URL} this can take an hour; --data-url names a mirror", flush=True)
-            with urllib.request.urlopen(url, timeout=30) as reply, part.open("wb") as file:
-                size = int(reply.headers.get("Content-Length", 0)) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                    while block := reply.read(1 << 16):
-                        bar.update(file.write(block))
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(
-                f"{url}: could not be downloaded ({error}); put {source.archive} or the folder "
-                f"{source.folder} into {folder}, or name a mirror of the archive by --data-url"
-            ) from None
+        if url.startswith(CIFAR_URL):
+            print(f"from {CIFAR_URL} this can take an hour; --data-url names a mirror", flush=True)
+        remedy = f"put {source.archive} or the folder {source.folder} into {folder}, or name a mirror of the"
+        receive(url, part, f"{remedy} archive by --data-url")
         check_md5(part, source, f"it came from {url}: try again, or another --data-url")
         return part.replace(path)
+
+
+def receive(url, path, remedy):
+    """Download to `path`, after the bytes that it has already. Raises ValueError, with a remedy."""
+    have = path.stat().st_size if path.exists() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            have = have if reply.status == 206 else 0  # 206: the server does begin there
+            total = have + int(reply.headers.get("Content-Length", 0)) or None
+            with (
+                path.open("ab" if have else "wb") as file,
+                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
+            ):
+                while block := reply.read(1 << 16):
+                    bar.update(file.write(block))
+        if total and path.stat().st_size != total:
+            raise OSError(f"{path.stat().st_size:,} of {total:,} bytes came")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if have and getattr(error, "code", None) == 416:  # there is nothing after them
+            return
+        raise ValueError(f"{url}: could not be downloaded ({error}); {remedy}") from None
 
 
 def check_md5(path, source, remedy):
@@ -441,10 +519,12 @@ def shape_of(name):
     return {"classes": CIFAR[name].classes, "image": 32} if name in CIFAR else None
 
 
-def load(name, folder=None, url=None, context=128, tests=1):
+def load(name, folder=None, url=None, context=None, tests=1):
     """What --data, --data-dir and --data-url name: a Text or Images. Raises ValueError and OSError."""
     if name == "python":
-        return python_text(folder, context, tests)
+        return python_text(folder, context or 128, tests)
+    if name == "fineweb":
+        return fineweb(folder or "datasets/fineweb", context or 1024, tests)
     if name == "imagenet":
         return imagenet(folder or "datasets/imagenet")
     return cifar(name, folder or "datasets", url)
@@ -452,7 +532,9 @@ def load(name, folder=None, url=None, context=128, tests=1):
 
 def main():
     parser = Parser(description="Prepare data for train.py.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="data", required=True, metavar="{cifar10,cifar100,imagenet}")
+    commands = parser.add_subparsers(
+        dest="data", required=True, metavar="{cifar10,cifar100,imagenet,fineweb}"
+    )
     for name in CIFAR:
         command = commands.add_parser(name, help="download, check and unpack it")
         command.add_argument("--data-dir", default="datasets", help="folder (default: datasets)")
@@ -461,9 +543,19 @@ def main():
     command.add_argument("--src", required=True, help="folder with train/ and val/, each of class folders")
     command.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     command.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
+    command = commands.add_parser("fineweb", help="download shards of 100 million tokens, 200 MB each")
+    command.add_argument("--shards", type=at_least(1), default=1, help="to train on, of 103 (default: 1)")
+    command.add_argument("--data-dir", default="datasets/fineweb", help="folder (default: datasets/fineweb)")
+    command.add_argument("--data-url", default=FINEWEB_URL, help=f"a mirror (default: {FINEWEB_URL})")
     args = parser.parse_args()
     try:
-        if args.data == "imagenet":
+        if args.data == "fineweb":
+            download_fineweb(args.data_dir, args.shards, args.data_url)
+            text = fineweb(args.data_dir, context=1)
+            print(
+                f"{sum(map(len, text.train)):,} tokens to train on, {sum(map(len, text.held_out)):,} held out"
+            )
+        elif args.data == "imagenet":
             make_imagenet(args.src, args.out, args.size)
         else:
             images = cifar(args.data, args.data_dir, args.data_url)

@@ -111,10 +111,11 @@ def mix(mask, units, rng):
         reach, load = components(mask), mask @ cost
         groups = len(np.unique(reach))
         excess = max(0, load.max() / load.mean() - 1.1)  # a tenth above the mean is free, more is dear
-        return (-groups, spectral_gap(mask) - 4 * excess if groups == 1 else 0), reach
+        return (-groups, spectral_gap(mask) - 4 * excess if groups == 1 and widen else 0), reach
 
-    best, reach = judge()
     tries = min(1000, 1_000_000 // workers**2)  # few where workers are many: the gap takes long, and is large
+    widen = tries > 0
+    best, reach = judge()
     can_connect = len(units) * (holders - 1) >= workers - 1  # each unit is holders - 1 edges of a tree
     while tries > 0 or (can_connect and best[0] < -1):
         tries -= 1

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from masks import Unit
@@ -26,8 +27,16 @@ from masks import Unit
 GROUPS = 16  # groups of hidden neurons of an MLP
 CHANNEL_GROUPS = 8  # groups of the channels between two convolutions
 
+LOGITS = 2**24  # as many are computed at a time in training: 64 MB in float32
+
 SIZES = {  # what --size can be; the shapes are flags of their own, too
-    "gpt": {"tiny": {"layers": 6, "width": 128, "heads": 4, "hidden": 256}},
+    "gpt": {
+        "tiny": {"layers": 6, "width": 128, "heads": 4, "hidden": 256},
+        "10m": {"layers": 6, "width": 384, "heads": 6, "hidden": 1024},
+        "134m": {"layers": 12, "width": 768, "heads": 12, "hidden": 2048},
+        "500m": {"layers": 22, "width": 1280, "heads": 20, "hidden": 3328},
+        "1b": {"layers": 18, "width": 2048, "heads": 32, "hidden": 5376},
+    },
     "vit": {
         "cifar": {"patch": 4, "layers": 6, "width": 128, "heads": 4, "hidden": 256},
         "tiny": {"patch": 16, "layers": 12, "width": 192, "heads": 3, "hidden": 512},  # as ViT-Ti/16
@@ -92,6 +101,28 @@ def cross_entropy(logits, targets, smoothing=0.0):
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=smoothing)
 
 
+def cross_entropy_of(x, weight, targets, smoothing):
+    """cross_entropy(F.linear(x, weight), targets, smoothing), x: (..., width), without ever having more than
+    LOGITS logits: each chunk of them is forgotten, and computed again in the backward pass."""
+    rows = max(1, LOGITS // len(weight))
+    if targets.numel() <= rows:
+        return cross_entropy(F.linear(x, weight), targets, smoothing)
+
+    def share(x, targets):  # of a chunk, in the mean
+        return cross_entropy(F.linear(x, weight), targets, smoothing) * targets.numel()
+
+    chunks = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
+    return sum(checkpoint(share, *chunk, use_reentrant=False) for chunk in chunks) / targets.numel()
+
+
+def through(blocks, x, *context, forget=False):
+    """x after all blocks. With `forget` a block keeps nothing but its input for the backward pass, and
+    computes the rest again there (https://arxiv.org/abs/1604.06174)."""
+    for block in blocks.values():
+        x = checkpoint(block, x, *context, use_reentrant=False) if forget else block(x, *context)
+    return x
+
+
 # ---- transformers
 
 
@@ -104,6 +135,7 @@ class TransformerConfig:
     heads: int = 4
     hidden: int = 256  # neurons of the SwiGLU layer
     label_smoothing: float = 0.0
+    checkpoint_activations: bool = False
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -201,8 +233,10 @@ class Head(nn.Module):
 
     def forward(self, x, targets=None):
         x = self.norm(x)  # (B, T, width)
-        logits = F.linear(x.mean(1) if self.pool else x, self.weight)  # (B, classes) or (B, T, vocabulary)
-        return logits if targets is None else cross_entropy(logits, targets, self.smoothing)
+        x = x.mean(1) if self.pool else x  # (B, width) or (B, T, width)
+        if targets is None:
+            return F.linear(x, self.weight)  # (B, classes) or (B, T, vocabulary)
+        return cross_entropy_of(x, self.weight, targets, self.smoothing)
 
 
 class Patches(nn.Module):
@@ -247,8 +281,7 @@ class Transformer(nn.Module):
         int64 (B,); logits (B, classes)."""
         x = self.embedding(x)  # (B, T, width)
         rotation = rotary(x.shape[1], self.config.head_width, x) if self.text else None
-        for block in self.blocks.values():
-            x = block(x, rotation)
+        x = through(self.blocks, x, rotation, forget=self.config.checkpoint_activations)
         return self.head(x, targets)
 
 
@@ -280,6 +313,7 @@ class ResNetConfig:
     classes: int = 10
     image: int = 32  # pixels along each side; above 64 the stem makes them fewer
     label_smoothing: float = 0.0
+    checkpoint_activations: bool = False
 
     def __post_init__(self):
         if self.width % CHANNEL_GROUPS:
@@ -391,8 +425,7 @@ class ResNet(nn.Module):
         """x: (B, 3, image, image); targets: int64 (B,). Returns the logits (B, classes), or with targets the
         mean cross-entropy in nats, a scalar."""
         x = self.stem(x)  # (B, width, image, image), or a quarter of that along each side
-        for block in self.blocks.values():
-            x = block(x)
+        x = through(self.blocks, x, forget=self.config.checkpoint_activations)
         logits = self.head(x.mean((2, 3)))
         return logits if targets is None else cross_entropy(logits, targets, self.config.label_smoothing)
 
@@ -421,12 +454,12 @@ def estimate_statistics(model, batches):
     for hook in hooks:
         hook.remove()
     for norm in norms:
-        on_device = sums[norm].to(norm.weight.device)
-        dist.all_reduce(on_device)
-        number, total, squares = on_device
+        moved = sums[norm].cuda() if dist.get_backend() == "nccl" else sums[norm]
+        dist.all_reduce(moved)
+        number, total, squares = moved.cpu()
         norm.to(torch.promote_types(norm.weight.dtype, torch.float32))  # bfloat16 is too coarse for them
-        norm.running_mean = (total / number).to(norm.weight.dtype)
-        norm.running_var = (squares / number - (total / number) ** 2).clamp(min=0).to(norm.weight.dtype)
+        norm.running_mean = (total / number).to(norm.weight)
+        norm.running_var = (squares / number - (total / number) ** 2).clamp(min=0).to(norm.weight)
     model.eval()  # from now on it uses them
 
 

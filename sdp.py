@@ -36,6 +36,14 @@ def bucket_of(name):
     return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
 
 
+def add_up(numbers):
+    """A list of floats, each summed over the processes. NCCL wants them on the GPU, gloo on the CPU."""
+    totals = torch.tensor(numbers, dtype=torch.float64)
+    totals = totals.cuda() if dist.get_backend() == "nccl" else totals
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
 class Bucket:
     """One layer of the whole model, flattened, and the slice of it that this process owns.
 
@@ -123,7 +131,8 @@ class Part:
     def pull(self):
         """Start to fill the parameters with the owners' values. Returns a function that waits for it."""
         slices = (self.bucket.master[a:b] for a, b in self.reads.runs)
-        send = torch.cat([self.bucket.master[:0], *slices]).to(self.values.dtype)
+        send = self.values.new_empty(sum(self.reads.by_worker))
+        torch.cat([self.bucket.master[:0], *slices], out=send)
         received = torch.empty_like(self.values) if self.order else self.values
         wait = self._exchange("pull", received, send, self.reads.by_owner, self.reads.by_worker)
 
@@ -182,24 +191,40 @@ class Worker:
             for parameter in part.trained:
                 parameter.register_post_accumulate_grad_hook(lambda _, part=part: self._gradient_came(part))
 
-    def begin(self):
-        """Allocate the parameters, if they were freed, and start to pull them."""
+    def begin(self, passes=1):
+        """Allocate the parameters, if they were freed, and start to pull them for so many backward passes."""
         for part in self.parts:
             part.values.untyped_storage().resize_(part.values.nbytes)
-            part.missing = len(part.trained)  # gradients still to come
+            part.missing = passes * len(part.trained)  # gradients still to come
         self.fetched, self.coming = 0, self.parts[0].pull()
         self.unsent, self.finish_push, self.under_way = list(self.parts), lambda: None, 0
 
+    def rehearse(self, run):
+        """run(model) on zeros, without any traffic: what is compiled at the first call is compiled then."""
+        for part in self.parts:
+            part.values.untyped_storage().resize_(part.values.nbytes)
+            part.values.zero_()
+            part.missing = np.inf
+        self.fetched, self.unsent, self.finish_push = len(self.parts), [], lambda: None
+        run(self.model)
+        for part in self.parts:
+            for parameter in part.trained:
+                parameter.grad = None
+            part.values.untyped_storage().resize_(0)
+
     def fetch(self, needed):
-        """Wait until so many parts are there, with the pull of the next one under way."""
+        """Wait until so many parts are there, and start to pull the next one."""
         while self.fetched < needed:
-            finish_pull, self.fetched = self.coming, self.fetched + 1
+            self.coming()
+            self.coming = None  # frees its buffers
+            self.fetched += 1
             if self.fetched < len(self.parts):
                 self.coming = self.parts[self.fetched].pull()
-            finish_pull()
 
     def _gradient_came(self, part):
         part.missing -= 1
+        if part.missing < 0:
+            raise RuntimeError("more backward passes than turn(worker, passes) was told of")
         while self.unsent and self.unsent[-1].missing == 0:  # also parts of which this worker has nothing
             self._push()
 
@@ -261,19 +286,25 @@ class SDP:
         return Worker(model, self.buckets, trains, reads, traffic, self.dtype)
 
     @contextmanager
-    def turn(self, worker):
-        """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for one forward
-        and backward pass. All processes take the turns of their workers in order."""
-        self.workers[worker].begin()
+    def turn(self, worker, passes=1):
+        """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for so many
+        forward and backward passes; their gradients add up, and the last pass sends them. All processes take
+        the turns of their workers in order."""
+        self.workers[worker].begin(passes)
         yield self.workers[worker].model
         self.workers[worker].end(free=len(self.workers) > 1)  # the next worker needs the room
+
+    def rehearse(self, run):
+        """run(model) for each worker of this process, which nobody has to wait for."""
+        for worker in self.workers.values():
+            worker.rehearse(run)
 
     @contextmanager
     def whole(self):
         """`with engine.whole() as model:` gives every process the whole model for a while, to evaluate it."""
         everything = np.ones((self.processes, len(self.units)), bool)
         reader = self._worker(everything, everything, traffic=Counter())
-        reader.begin()
+        reader.begin(passes=0)
         reader.fetch(len(reader.parts))
         yield reader.model.eval().requires_grad_(False)
 
@@ -286,10 +317,9 @@ class SDP:
         """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`. Returns, as
         floats, (the norm of the whole model's averaged gradient, `loss` summed over the processes)."""
         self.average()
-        squares = sum(bucket.mean.dot(bucket.mean).double() for bucket in self.buckets.values())
-        totals = torch.stack([squares, torch.as_tensor(loss, device=squares.device).double()])
-        dist.all_reduce(totals)
-        norm, loss = totals[0].sqrt().item(), totals[1].item()
+        squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
+        squares, loss = add_up([squares.cpu().double().sum().item(), loss])
+        norm = squares**0.5
         for bucket in self.buckets.values() if clip else ():
             bucket.mean *= min(1.0, clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         for group in self.optimizer.param_groups:

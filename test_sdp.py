@@ -9,6 +9,7 @@ Reads like the project: masks, model, engine, the command line.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -25,6 +26,8 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
+import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
@@ -39,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import masks
+import model
 import train
 from data import Images, Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
@@ -400,11 +404,46 @@ def test_model_attention_is_causal_and_sees_positions():
         (ViTConfig(**SIZES["vit"]["small"], classes=1000, image=224), 21_997_824),  # ViT-S/16: 22.1 M
         (ViTConfig(**SIZES["vit"]["cifar"]), 1_000_448),
         (GPTConfig(**SIZES["gpt"]["tiny"]), 1_050_240),
+        (GPTConfig(**SIZES["gpt"]["10m"], vocabulary=32_000), 35_197_824),
+        (GPTConfig(**SIZES["gpt"]["134m"], vocabulary=32_000), 134_105_856),
+        (GPTConfig(**SIZES["gpt"]["500m"], vocabulary=32_000), 507_306_240),
+        (GPTConfig(**SIZES["gpt"]["1b"], vocabulary=32_000), 1_027_680_256),
     ],
 )
 def test_model_has_as_many_parameters_as_in_the_literature(config, params):
     with torch.device("meta"):
         assert sum(p.numel() for p in build(config).parameters()) == params
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_model_cross_entropy_in_chunks(monkeypatch, smoothing):
+    """Loss and gradients are those of all logits at once, which are never there at once."""
+    monkeypatch.setattr(model, "LOGITS", 4 * 50)  # four rows of logits at a time, of ten
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (2, 5))
+    with train.measured(lambda: [weight]) as cost:
+        loss = model.cross_entropy_of(x, weight, targets, smoothing)
+        found = torch.autograd.grad(loss, (x, weight))
+    assert cost["activation_bytes"] < 8 * 10 * 50
+    logits = (x @ weight.T).flatten(0, 1)
+    dense = torch.nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
+    expected = torch.autograd.grad(dense, (x, weight))
+    torch.testing.assert_close((loss, *found), (dense, *expected), rtol=1e-12, atol=1e-12)
+
+
+@each_model
+def test_model_checkpointed_activations(config):
+    """Each block keeps its input alone, and loss and gradients stay as they are."""
+    found = []
+    for flag in (False, True):
+        dense = dense_model(dataclasses.replace(config, checkpoint_activations=flag))
+        with train.measured(dense.parameters) as cost:
+            loss = dense(*batch(0, config=config))
+            found.append((loss, *torch.autograd.grad(loss, list(dense.parameters()))))
+        found[-1] = (cost["activation_bytes"], found[-1])
+    assert found[1][0] < 0.5 * found[0][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("image", [32, 96])
@@ -487,13 +526,14 @@ def test_batch_norm_statistics_do_not_depend_on_processes(in_processes):
 
 def test_data_batches_depend_on_seed_and_step_alone():
     text = python_text(context=16, tests=3)
-    assert 5e6 < len(text.train) and 2e5 < len(text.held_out) < 0.2 * len(text.train)
+    (train_tokens,), (held_out,) = text.train, text.held_out
+    assert 5e6 < len(train_tokens) and 2e5 < len(held_out) < 0.2 * len(train_tokens)
     x, y = text.batch(seed=1, step=2, size=8)
     assert x.shape == y.shape == (8, 16) and torch.equal(x[:, 1:], y[:, :-1])
     assert torch.equal(x, python_text(context=16).batch(1, 2, 8)[0])
     assert torch.equal(x[2:4], text.batch(1, 2, 8, slice(2, 4))[0])
     assert not torch.equal(x, text.batch(1, 3, 8)[0]) and not torch.equal(x, text.batch(2, 2, 8)[0])
-    last = Text(np.arange(17, dtype=np.uint8), np.arange(17, dtype=np.uint8), 256, context=16, tests=3)
+    last = Text([np.arange(17, dtype=np.uint8)], [np.arange(17, dtype=np.uint8)], 256, context=16, tests=3)
     assert torch.equal(last.batch(0, 1, 3)[1][:, -1], torch.full((3,), 16))
     assert torch.equal(last.validation(slice(None))[0][:, 0], torch.zeros(3, dtype=torch.int64))
 
@@ -506,8 +546,116 @@ def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
         (here / "tests").mkdir()
         (here / "tests" / "left_out.py").write_text("never read")
     a, b = (python_text(tmp_path / name, context=8) for name in "ab")
-    assert a.fingerprint() == b.fingerprint() and len(a.held_out) > 0
-    assert b"never read" not in a.train.tobytes() + a.held_out.tobytes()
+    assert a.fingerprint() == b.fingerprint() and len(a.held_out[0]) > 0
+    assert b"never read" not in a.train[0].tobytes() + a.held_out[0].tobytes()
+
+
+def shard(path, tokens, magic=20240520, version=1, number=None):
+    """A file of tokens as llm.c writes them."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if number is None else number
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder with three shards."""
+    folder, rng = tmp_path / "fineweb", np.random.default_rng(0)
+    folder.mkdir()
+    for name, number in (("train_000001", 1000), ("train_000002", 500), ("val_000000", 300)):
+        shard(folder / f"fineweb_{name}.bin", rng.integers(0, 50257, number))
+    return folder
+
+
+def test_data_windows_lie_in_one_shard(shards):
+    text = data.load("fineweb", shards, context=99)
+    assert text.shape == {"vocabulary": 50304, "context": 99} and text.rows == 1500 // 99
+    assert all(isinstance(tokens, np.memmap) for tokens in text.train)
+    read = [np.fromfile(p, "<u2")[512:] for p in sorted(shards.glob("*train*"))]
+    possible = {tokens[i : i + 99].tobytes() for tokens in read for i in range(len(tokens) - 99)}
+    x, y = text.batch(0, 1, 30_000)
+    assert {row.tobytes() for row in x.numpy().astype("<u2")} == possible  # all of 901 + 401, and no others
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    before = text.fingerprint()
+    assert data.load("fineweb", shards, context=99).fingerprint() == before
+    shard(shards / "fineweb_train_000002.bin", [1] * 500)
+    assert data.load("fineweb", shards, context=99).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        ({"magic": 20240801}, "20240801"),
+        ({"version": 2}, "no shard"),
+        ({"number": 400}, "400 tokens"),
+        ({"number": 2**31 - 1}, "2,147,483,647 tokens"),
+        ({"number": -500}, "-500 tokens"),
+        ({"tokens": [50257] * 500}, "token 50257"),
+        ({"tokens": []}, "0 tokens"),
+        (b"", "no shard"),
+        (b"short", "no shard"),
+        (None, "no *_train_*.bin"),
+    ],
+)
+def test_data_bad_shards_end_with_one_line(monkeypatch, capsys, shards, damage, says):
+    for path in shards.glob("*train*"):
+        path.unlink()
+    path = shards / "fineweb_train_000001.bin"
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    elif damage:
+        shard(path, **({"tokens": [1] * 500} | damage))
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, "--data", "fineweb", "--data-dir", str(shards), "--context", "32")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and says in line and "data.py fineweb" in line
+
+
+def test_data_fineweb_downloads_and_goes_on(tmp_path, monkeypatch, capsys, shards, ranges):
+    """A part that was left is completed; what is there is not loaded again; a bad one gets no name."""
+    here, names = tmp_path / "here", sorted(path.name for path in shards.iterdir())
+    here.mkdir()
+    (here / f"{names[0]}.part").write_bytes((shards / names[0]).read_bytes()[:700])
+    flags = ["fineweb", "--shards", "2", "--data-dir", str(here), "--data-url", ranges.url]
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+    data.main()
+    assert "1,500 tokens to train on, 300 held out" in capsys.readouterr().out
+    assert [(path, begin) for path, begin in ranges.asked if begin] == [(f"/{names[0]}", "bytes=700-")]
+    assert all((here / name).read_bytes() == (shards / name).read_bytes() for name in names)
+    data.main()
+    assert len(ranges.asked) == 3 and len(list(here.iterdir())) == 3
+    shard(shards / "fineweb_train_000003.bin", [1, 60000])
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags[:2], "3", *flags[3:]])
+    for _ in range(2):  # the second time all bytes of the part are there already
+        with pytest.raises(SystemExit) as stop:
+            data.main()
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and "train_000003.bin.part: has a token 60000" in last
+    assert not (here / "fineweb_train_000003.bin").exists()
+
+
+@pytest.fixture
+def ranges(shards):
+    """A server of the shards that can begin in the middle of a file: its url, and what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Range"]))
+            content = (shards / self.path[1:]).read_bytes()
+            begin = int((self.headers["Range"] or "bytes=0-")[6:-1])
+            self.send_response(416 if begin >= len(content) else 206 if begin else 200)
+            self.send_header("Content-Length", str(len(content[begin:])))
+            self.end_headers()
+            self.wfile.write(content[begin:])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield argparse.Namespace(url=f"http://localhost:{server.server_port}", asked=asked)
+        server.shutdown()
 
 
 CIFAR = HERE.parent / "shared" / "data"  # real images, which a user's checkout does not have
@@ -849,6 +997,137 @@ def test_mask_none_equals_ddp_on_images(in_processes, model, optimizer):
     in_processes(4, none_and_ddp, CONFIGS[model], optimizer)
 
 
+def steps_of(kind, passes, config):
+    """Five steps of an engine on two processes, its batches in parts, against the dense model on one."""
+    rank, n, dense = dist.get_rank(), dist.get_world_size(), dense_model(config)
+    if kind == "sdp":
+        engine = make_engine("none", "block", n, config=config)
+    else:
+        first = functools.partial(initial_value, seed=0)
+        engine = train.Dense(kind, lambda: build(config), first, adamw, torch.float64, torch.device("cpu"))
+    groups = [[p for p in dense.parameters() if (p.dim() == 1) == vectors] for vectors in (False, True)]
+    optimizer = adamw([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}])
+    for step in range(5):
+        x, y = batch(step, config=config)
+        args = argparse.Namespace(micro_batches=passes, grad_clip=0.5, workers=n)
+        mine = slice(rank * len(x) // n, (rank + 1) * len(x) // n)
+        costs = {} if step == 0 else None
+        norm, loss = train.update(engine, [(x[mine], y[mine])], args, 1e-2, costs)
+        dense_loss = dense(x, y)
+        dense_loss.backward()
+        dense_norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(loss - dense_loss.item()) < 1e-10 and abs(norm - dense_norm.item()) < 1e-10
+    assert_close(whole_values(engine), dict(dense.named_parameters()), 1e-10)
+    return costs, train.worker_costs(engine, rank, 5)
+
+
+@pytest.mark.parametrize(
+    "kind, passes", [("sdp", 1), ("sdp", 4), ("ddp", 1), ("ddp", 4), ("fsdp", 1), ("fsdp", 2)]
+)
+def test_engines_and_micro_batches_equal_the_dense_model(in_processes, kind, passes):
+    (_, costs), _ = in_processes(2, steps_of, kind, passes, SMALL)
+    params = sum(p.numel() for p in build(SMALL).parameters())
+    if kind == "ddp":
+        assert (costs["weight_bytes"], costs["grad_bytes"], costs["optimizer_bytes"]) == (8 * params,) * 2 + (
+            16 * params,
+        )
+    if kind == "fsdp":
+        assert costs["grad_bytes"] == pytest.approx(4 * params, rel=0.1)
+        assert costs["optimizer_bytes"] == pytest.approx(8 * params, rel=0.1)
+        assert 4 * params < costs["weight_bytes"] < 8 * params
+
+
+def only_the_last_pass_communicates():
+    traffic = []
+    for passes in (1, 3):
+        engine = make_engine("backward", "neuron", 2)
+        (worker,) = engine.workers
+        with engine.turn(worker, passes) as model:
+            for i in range(passes):
+                before = engine.traffic["push"]
+                model(*batch(i, worker)).backward()
+                assert (engine.traffic["push"] > before) == (i == passes - 1)
+        engine.average()
+        traffic.append(dict(engine.traffic))
+    assert traffic[0] == traffic[1]
+    with pytest.raises(RuntimeError, match="more backward passes"):
+        with engine.turn(worker) as model:
+            for _ in range(2):
+                model(*batch(0, worker)).backward()
+
+
+def test_only_the_last_pass_communicates(in_processes):
+    in_processes(2, only_the_last_pass_communicates)
+
+
+def buffers_of_a_step(mode, kind, dtype):
+    """The most that the tensors given to collectives ever take together, parameters aside, in layers."""
+    engine = make_engine(mode, kind, 4, config=GPTConfig(layers=3), dtype=dtype)
+    (worker,) = engine.workers
+    own = {part.values.untyped_storage()._cdata for part in engine.workers[worker].parts}
+    alive, most, exchange = {}, 0, dist.all_to_all_single
+
+    def watched(received, send, *more, **options):
+        nonlocal most
+        for tensor in (received, send):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and storage.nbytes():
+                alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, alive.pop, storage._cdata, None)
+        most = max(most, sum(alive.values()))
+        return exchange(received, send, *more, **options)
+
+    dist.all_to_all_single = watched
+    try:
+        for _ in range(2):
+            with engine.turn(worker) as model:
+                model(*(t[:, :32] for t in batch(0, worker, config=GPTConfig()))).backward()
+            engine.step(1e-3)
+    finally:
+        dist.all_to_all_single = exchange
+    return most / (max(int(bucket.edges[-1]) for bucket in engine.buckets.values()) * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+def test_buffers_take_two_layers_at_most(in_processes, mode, kind, dtype):
+    of_ranks = in_processes(4, buffers_of_a_step, mode, kind, dtype)
+    assert 0.5 < max(of_ranks) <= 2.01
+
+
+def plan_for_1024():
+    """What each process works out at the start, for one layer of 10,000 units."""
+    units = [Unit("blocks.0.w", "w", 4)] * 10_000
+    began = time.perf_counter()
+    mask = assign(units, 1024, 64)
+    gap = spectral_gap(mask)
+    like = {"blocks.0.w.a": torch.empty(10_000, 4, device="meta")}
+    values = torch.zeros(10_000, 4)
+    bucket = Bucket(like, masks.columns(units), mask, lambda name: values, torch.float32, "cpu")
+    route = Route(bucket, bucket.has(mask))
+    seconds = time.perf_counter() - began
+    assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(route.by_owner) == 4 * mask[5].sum()
+    return seconds
+
+
+def test_plans_for_1024_workers():
+    """Masks, splits and spectral gap in under 2 seconds and 500 MB, on a process group without processes."""
+    fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=5, world_size=1024)
+    try:
+        seconds = min(plan_for_1024() for _ in range(3))
+        tracemalloc.start()
+        plan_for_1024()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        dist.destroy_process_group()
+    print(f"{seconds:.2f} s, {peak / 1e6:.0f} MB")
+    assert peak < 500e6 and seconds < 2
+
+
 def gradients_that_arrive(mode, kind, same_batch, config):
     """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
     engine, (units, mask) = make_engine(mode, kind, 4, config=config), make_mask(kind, 4, config=config)
@@ -1038,7 +1317,7 @@ def validation_loss(mode, kind):
     """train.evaluate with masks on, against the dense model on all held-out windows at once."""
     engine = make_engine(mode, kind, 4)
     numbers = np.random.default_rng(5).integers(0, SMALL.vocabulary, 999)
-    text = Text(numbers, numbers[::-1].copy(), SMALL.vocabulary, SMALL.context, tests=25)
+    text = Text([numbers], [numbers[::-1].copy()], SMALL.vocabulary, SMALL.context, tests=25)
     x, y = text.validation(slice(None))
     logits = dense_model()(x)
     args = argparse.Namespace(seed=0, bn_batches=1, batch_size=8)
@@ -1360,12 +1639,66 @@ def test_measured_counts_by_hand():
         torch.randn(4, 16, requires_grad=True),
         torch.randn(16, 3, requires_grad=True),
     )
-    with train.measured([w1, w2]) as cost:
+    with train.measured(lambda: [w1, w2]) as cost:
         ((x @ w1).relu() @ w2).sum().backward()
     assert cost["activation_bytes"] == 4 * (
         8 * 4 + 8 * 16
     )  # x, and once what relu and the second product save
     assert cost["flops"] == 2 * 8 * (2 * 4 * 16 + 3 * 16 * 3)  # x itself needs no gradient
+
+
+def test_train_compiled(monkeypatch, tmp_path):
+    """Compiled blocks, with units that differ, learn as the others do; before any traffic."""
+    pytest.importorskip("torch._inductor")
+    losses, counters = [], torch._dynamo.utils.counters
+    for flags in ([], ["--compile"]):
+        counters.clear()
+        out = ["--out", str(tmp_path / str(len(losses)))]
+        in_process(monkeypatch, "--mask", "backward", "--units", "neuron", "--steps", "3", *flags, *out)
+        log = (tmp_path / str(len(losses)) / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert (
+        counters["stats"]["unique_graphs"] >= 2
+    )  # with masks, and the whole model: also after the first step
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_train_with_other_engines(tmp_path, small_cifar, engine):
+    flags = ["--engine", engine, "--model", "resnet18", "--width", "8", "--steps", "2", "--batch-size", "8"]
+    flags += ["--checkpoint-activations", "--micro-batches", "2", "--bn-batches", "2"]
+    done = torchrun(2, *flags, *small_cifar, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    dense = summary["dense"]
+    for worker in summary["per_worker"]:
+        assert worker.keys() == dense.keys() == PER_WORKER
+        assert worker["flops"] == dense["flops"]
+        # the rows of a micro-batch are views of a larger tensor
+        assert worker["activation_bytes"] == pytest.approx(dense["activation_bytes"], rel=0.1)
+
+
+def test_bench(tmp_path):
+    flags = [*TINY, "--bench", "--steps", "2", "--units", "neuron"]
+    done = torchrun(2, *flags, "--out", str(tmp_path))
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found) == ["ddp", "fsdp", "sdp-none", "sdp-backward", "sdp-forward"]
+    keys = {"step_ms", "step_ms_spread", "tokens_per_s", "static_bytes", "activation_bytes", "peak_bytes"}
+    keys |= {"sent_bytes", "flops", "vs_ddp"}
+    assert all(figures.keys() == keys for figures in found.values())
+    for name, figures in found.items():
+        assert figures["vs_ddp"] == pytest.approx(figures["step_ms"] / found["ddp"]["step_ms"])
+        assert figures["tokens_per_s"] == pytest.approx(8 * 32 / figures["step_ms"] * 1e3)
+        assert name in done.stdout
+    flops, sent, activations = (
+        {n: f[k] / found["ddp"][k] for n, f in found.items()}
+        for k in ("flops", "sent_bytes", "activation_bytes")
+    )
+    assert flops["fsdp"] == flops["sdp-none"] == activations["fsdp"] == activations["sdp-none"] == 1
+    assert sent["fsdp"] == pytest.approx(1.5) and sent["sdp-none"] == pytest.approx(1, rel=0.02)
+    assert flops["sdp-forward"] < flops["sdp-backward"] < 1 and activations["sdp-forward"] < 0.95
+    assert "--overwrite" in torchrun(2, *flags, "--out", str(tmp_path)).stderr
 
 
 def test_learning_rate():
@@ -1410,7 +1743,7 @@ BAD = [  # flags, processes, what the one line must say
     ("--cov 0.5", 1, ("--cov",)),
     ("--data cifar10 --data-dir /nowhere", 1, ("--data cifar10", "--model gpt")),  # before a download
     ("--model vit --patch 5 --data-dir /nowhere", 1, ("--patch 5",)),
-    ("--size huge", 1, ("--size huge", "gpt has tiny")),
+    ("--size huge", 1, ("--size huge", "gpt has tiny, 10m, 134m, 500m, 1b")),
     ("--model vit --size 10m --data-dir HERE", 1, ("--size 10m", "vit has cifar, tiny, small")),
     ("--model resnet18 --size tiny --data-dir HERE", 1, ("--size tiny", "resnet18 has none", "--width")),
     ("--model resnet18 --width 12 --data-dir HERE", 1, ("--width 12", "multiple of 8")),
@@ -1428,6 +1761,16 @@ BAD = [  # flags, processes, what the one line must say
     ("--epochs 0", 1, ("--epochs", "at least 0.001")),
     ("--label-smoothing 2", 1, ("--label-smoothing 2", "at most 1")),
     ("--optimizer adam", 1, ("--optimizer", "adamw")),
+    ("--engine ddp --mask forward", 1, ("--mask forward", "--engine sdp")),
+    ("--engine ddp --workers 4", 1, ("--workers 4", "--engine ddp", "torchrun")),
+    ("--engine zero", 1, ("--engine", "fsdp")),
+    ("--bench --workers 4", 1, ("--workers 4", "--bench", "torchrun")),
+    ("--bench --engine ddp", 1, ("--engine ddp", "--bench")),
+    ("--micro-batches 3", 1, ("--batch-size 16", "3 --micro-batches", "such as 12 or 24")),
+    ("--device tpu", 1, ("--device", "mps")),
+    *([] if torch.cuda.is_available() else [("--device cuda", 1, ("--device cuda", "not on this machine"))]),
+    ("--data fineweb --data-dir /nowhere", 1, ("--data-dir /nowhere", "data.py fineweb --shards")),
+    ("--model vit --data fineweb --data-dir HERE", 1, ("no *_train_*.bin",)),
     ("--bn-batches 0", 1, ("--bn-batches", "at least 1")),
     ("--model resnet18 --data imagenet --data-dir /nowhere", 1, ("--data-dir /nowhere", "data.py imagenet")),
     ("--out /dev/null/x", 1, ("--out /dev/null/x", "cannot be written")),

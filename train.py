@@ -4,39 +4,54 @@
     torchrun --standalone --nproc-per-node 2 train.py --mask forward --units neuron --workers 8
     python train.py --mask forward                                        # one process plays four workers
     torchrun --standalone --nproc-per-node 2 train.py --model resnet18 --width 16 --workers 8
+    torchrun --standalone --nproc-per-node 4 train.py --bench --size 10m  # beside torch's DDP and FSDP
 
 Needs masks.py, model.py, sdp.py and data.py, which are best read first.
 """
 
+import gc
 import json
 import math
 import os
 import tempfile
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, quantiles
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import masks
 from data import Images, load, shape_of
 from masks import Parser, at_least
-from model import CONFIGS, SIZES, build, cross_entropy, estimate_statistics, example, initial_value, units_of
-from sdp import SDP
+from model import (
+    CONFIGS,
+    LOGITS,
+    SIZES,
+    build,
+    cross_entropy,
+    estimate_statistics,
+    example,
+    initial_value,
+    units_of,
+)
+from sdp import SDP, add_up, bucket_of
 
 BN_BATCH = 64  # images that are normalised together where statistics are estimated
 DEFAULTS = {
@@ -54,6 +69,8 @@ def make_parser():
     for flag, kind, default, meaning in (
         ("--mask", masks.MODES, "backward", "none: data parallelism; backward: whole forward pass,"
          " gradients for held units; forward: only held units exist"),
+        ("--engine", ("sdp", "ddp", "fsdp"), "sdp", "ddp, fsdp: the dense model by torch's"
+         " DistributedDataParallel or fully_shard, to compare with"),
         ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks; or attention heads"
          " and groups of hidden neurons, groups of the channels between convolutions"),
         ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
@@ -72,15 +89,17 @@ def make_parser():
         ("--hidden", at_least(1), None, "hidden neurons of a block's MLP (default: as --size says)"),
         ("--patch", at_least(1), None, "pixels of a patch's side in a vit (default: as --size says)"),
         ("--norm", ("batch", "group"), None, "of a ResNet (default: batch)"),
-        ("--context", at_least(1), None, "tokens of a sequence (default: 128)"),
-        ("--data", ("python", "cifar10", "cifar100", "imagenet"), "python", "python: the bytes of the"
-         " standard library's .py files"),
-        ("--data-dir", str, None, "where the data lies, or is put (default: datasets, and for imagenet"
-         " datasets/imagenet); with --data python another folder of .py files"),
+        ("--context", at_least(1), None, "tokens of a sequence (default: 128; of fineweb 1024)"),
+        ("--data", ("python", "fineweb", "cifar10", "cifar100", "imagenet"), "python", "python: the bytes of"
+         " the standard library's .py files"),
+        ("--data-dir", str, None, "where the data lies, or is put (default: datasets; of fineweb and imagenet"
+         " a folder in it); with --data python another folder of .py files"),
         ("--data-url", str, None, "where else to get the archive of cifar10 or cifar100, such as a mirror"),
-        ("--steps", at_least(1), None, "updates (default: 300)"),
+        ("--steps", at_least(1), None, "updates (default: 300; of --bench 20)"),
         ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
         ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
+        ("--micro-batches", at_least(1), 1, "parts into which a worker's rows are cut, one after"
+         " another; only the last one communicates"),
         ("--optimizer", ("adamw", "sgd"), "adamw", "sgd: with a Nesterov momentum of 0.9"),
         ("--lr", at_least(0, float), 3e-3, "peak learning rate"),
         ("--warmup", at_least(0), 20, "steps of linear warm-up, before a cosine down to a tenth of --lr"),
@@ -92,14 +111,22 @@ def make_parser():
         ("--eval-batches", at_least(1), 20, "batches of a validation on text; images: the whole test set"),
         ("--bn-batches", at_least(1), 16, f"batches of {BN_BATCH} training images, from which a validation"
          " estimates the statistics of batch norm anew"),
-        ("--dtype", ("float32", "bfloat16", "float64"), "float32", "of weights, gradients and traffic; owners"
-         " keep at least float32"),
+        ("--dtype", ("float32", "bfloat16", "float64"), None, "of weights, gradients and traffic; owners"
+         " keep at least float32 (default: bfloat16 on GPUs that have it, else float32)"),
+        ("--device", ("auto", "cpu", "cuda", "mps"), "auto", "auto: cuda where there is one, else mps for a"
+         " process alone, else cpu"),
         ("--seed", at_least(0), 0, "of initial values, batches and masks"),
         ("--out", str, None, "folder for log.jsonl and summary.json; without it nothing is written"),
     ):  # fmt: skip
         limits = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         text = meaning if default is None else f"{meaning} (default: {default})"
         parser.add_argument(flag, default=default, help=text, **limits)
+    for flag, text in (
+        ("--checkpoint-activations", "keep only the input of each block, and compute the rest again"),
+        ("--compile", "torch.compile each block"),
+        ("--bench", "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     return parser
 
@@ -107,7 +134,9 @@ def make_parser():
 def parse(argv=None):
     """(parser, args), with the defaults that suit --model."""
     parser = make_parser()
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).model])
+    args = parser.parse_args(argv)
+    dense = {"mask": "none"} if args.engine != "sdp" else {}
+    parser.set_defaults(**DEFAULTS[args.model], **dense)
     return parser, parser.parse_args(argv)
 
 
@@ -127,22 +156,32 @@ def make_config(args, shape):
             if flag not in known:
                 raise ValueError(f"--{flag} {value}: is not for --model {args.model}")
             chosen[flag] = value
-    return CONFIGS[args.model](**(chosen | shape), label_smoothing=args.label_smoothing)
+    trained_so = ("label_smoothing", "checkpoint_activations")
+    return CONFIGS[args.model](**(chosen | shape), **{flag: getattr(args, flag) for flag in trained_so})
 
 
 def check(args, processes, parser):
     """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
     (the whole model on the meta device, data, kept blocks, units, mask)."""
     fail = parser.error
-    alone, unasked = processes == 1 and args.mask != "none", args.workers is None
+    if args.engine != "sdp" and args.mask != "none":
+        fail(f"--mask {args.mask}: is for --engine sdp; --engine {args.engine} trains the dense model")
+    if args.bench and args.engine != "sdp":
+        fail(f"--engine {args.engine}: not together with --bench, which runs all of them")
+    alone, unasked = processes == 1 and args.mask != "none" and not args.bench, args.workers is None
     args.workers = args.workers or (4 if alone else processes)
     if args.workers % processes:
         fail(f"--workers {args.workers}: must be a multiple of the {processes} processes")
-    if args.batch_size % args.workers:
-        lower = args.batch_size // args.workers * args.workers
+    if args.workers > processes and (args.bench or args.engine != "sdp"):
+        there = "--bench" if args.bench else f"--engine {args.engine}"
+        fail(f"--workers {args.workers}: {there} needs as many processes; start them by torchrun")
+    parts = args.workers * args.micro_batches
+    if args.batch_size % parts:
+        lower = args.batch_size // parts * parts
+        each = f" times {args.micro_batches} --micro-batches" if args.micro_batches > 1 else ""
         fail(
-            f"--batch-size {args.batch_size}: must be a multiple of the {args.workers} workers, "
-            f"such as {' or '.join(str(n) for n in (lower, lower + args.workers) if n)}"
+            f"--batch-size {args.batch_size}: must be a multiple of the {args.workers} workers{each}, "
+            f"such as {' or '.join(str(n) for n in (lower, lower + parts) if n)}"
         )
     if args.steps and args.epochs:
         fail(f"--epochs {args.epochs:g}: not together with --steps; choose one")
@@ -150,7 +189,7 @@ def check(args, processes, parser):
         fail(f"--label-smoothing {args.label_smoothing:g}: must be at most 1, such as 0.1")
     try:
         masks.check_coverage(args.coverage)  # also where it decides nothing
-        text = {"context": args.context or 128, "tests": args.eval_batches * args.batch_size}
+        text = {"context": args.context, "tests": args.eval_batches * args.batch_size}
         load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
         shape = shape_of(args.data) or load_data().shape  # a download comes after all flags are checked
         config = make_config(args, shape)
@@ -159,15 +198,17 @@ def check(args, processes, parser):
             kept = masks.kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
             units = units_of(whole, args.units, kept)
         mask = np.ones((args.workers, len(units)), dtype=bool)
-        if args.mask != "none":
+        if args.mask != "none" or args.bench:
             holders = masks.holders_per_unit(args.coverage, args.workers)
             mask = masks.assign(units, args.workers, holders, args.seed)
         if args.out and os.environ.get("RANK", "0") == "0":
-            prepare_out(Path(args.out), args.overwrite)
+            names = ("bench.json",) if args.bench else ("log.jsonl", "summary.json")
+            prepare_out(Path(args.out), names, args.overwrite)
         data = load_data()
     except (ValueError, OSError) as error:
         fail(str(error))
-    updates = math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else 300
+    updates = 20 if args.bench else 300
+    updates = math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else updates
     args.steps = args.steps or updates
     if alone and unasked:
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
@@ -176,10 +217,10 @@ def check(args, processes, parser):
     return whole, data, kept, units, mask
 
 
-def prepare_out(out, overwrite):
-    """Make the folder. Raises ValueError where it has a run already, or cannot be written."""
+def prepare_out(out, names, overwrite):
+    """Make the folder. Raises ValueError where it has those files already, or cannot be written."""
     try:
-        if not overwrite and ((out / "log.jsonl").exists() or (out / "summary.json").exists()):
+        if not overwrite and any((out / name).exists() for name in names):
             raise ValueError(
                 f"--out {out}: has a run already; choose another folder, or replace it by --overwrite"
             )
@@ -195,19 +236,35 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def start(parser):
-    """Join the process group that torchrun describes, or make a group of one. Returns this process's device.
+def start(args, parser):
+    """Join the process group that torchrun describes, or make a group of one. Completes --device and --dtype.
+    Returns this process's device.
 
     NCCL where each local process has a GPU to itself. Otherwise gloo, because NCCL refuses to share a GPU.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device, options = torch.device("cpu"), {"backend": "gloo"}
-    if torch.cuda.is_available():
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and alone,
+        "cpu": True,
+    }
+    if args.device == "auto":
+        args.device = next(name for name in there if there[name])
+    if not there[args.device]:
+        reason = "is for one process" if args.device == "mps" and not alone else "is not on this machine"
+        parser.error(f"--device {args.device}: {reason}; --device auto takes what there is")
+    device, options = torch.device(args.device), {"backend": "gloo"}
+    if args.device == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
         if local_processes <= torch.cuda.device_count():
             options = {"backend": "nccl", "device_id": device}
+        elif local == 0:
+            print(f"{local_processes} processes share {torch.cuda.device_count()} GPU(s), over gloo")
+    fine = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.dtype = args.dtype or ("bfloat16" if fine else "float32")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1, however many cores there are
         torch.set_num_threads(max(1, usable_cores() // local_processes))
     if "RANK" not in os.environ:
@@ -245,20 +302,139 @@ def agree(facts, parser):
                 )
 
 
+# ---- what SDP is compared with
+
+
+def local(tensor):
+    """What this process has of a tensor that FSDP may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Dense:
+    """The whole model on every process by torch's DistributedDataParallel ("ddp") or FSDP2 ("fsdp"), to be
+    used like sdp.SDP, each process being one worker. Optimizers work on float32 at least, layer by layer."""
+
+    def __init__(self, kind, build, initial_value, optimizer, dtype, device):
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        self.kind, self.build, self.device, self.dtype = kind, build, device, dtype
+        self.workers, self.whole_bytes, self.grad_bytes = {self.rank: None}, 0, 0
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.device("meta"):
+            self.model = build()
+        names = [name for name, _ in self.model.named_parameters()]
+        kept_as = wide if kind == "fsdp" else dtype
+        values = {name: initial_value(self.model, name).to(device, kept_as) for name in names}
+        self.model.load_state_dict(values, assign=True)
+        if kind == "ddp":
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        else:
+            mesh = dist.init_device_mesh(device.type, (self.processes,))
+            for module in (*self.model.blocks.values(), self.model):
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+                module.register_forward_pre_hook(lambda *_: self._look())
+            self.wrapped = self.model
+        self.wrapped.register_forward_pre_hook(lambda *_: self._pass())
+        layers = defaultdict(lambda: ([], []))
+        for name, parameter in self.model.named_parameters():
+            master = parameter if parameter.dtype == wide else torch.nn.Parameter(parameter.detach().to(wide))
+            layers[bucket_of(name)][parameter.dim() == 1].append((parameter, master))
+        self.layers = []  # [([(parameter, its master copy or itself)], optimizer)]
+        for matrices, others in layers.values():
+            groups = (
+                {"params": [m for _, m in matrices]},
+                {"params": [m for _, m in others], "weight_decay": 0},
+            )
+            self.layers.append((matrices + others, optimizer([g for g in groups if g["params"]])))
+
+    def _look(self):
+        """Before a layer computes: how much of the model is not sharded now?"""
+        whole = (p.nbytes for p in self.model.parameters() if not isinstance(p, DTensor))
+        self.whole_bytes = max(self.whole_bytes, sum(whole))
+
+    def _pass(self):
+        self.passes -= 1  # only the last of them communicates
+        if self.kind == "ddp":
+            self.wrapped.require_backward_grad_sync = self.passes == 0
+        else:
+            self.model.set_requires_gradient_sync(self.passes == 0)
+
+    def rehearse(self, run):
+        if self.kind == "ddp":  # FSDP cannot without traffic
+            run(self.model)
+            self.model.zero_grad()
+
+    @contextmanager
+    def turn(self, worker, passes=1):
+        self.passes = passes
+        yield self.wrapped
+
+    @contextmanager
+    def whole(self):
+        with torch.device("meta"):
+            model = self.build()
+        values = {name: full(p.detach()).to(self.dtype) for name, p in self.model.named_parameters()}
+        model.load_state_dict(values, assign=True)
+        yield model.eval().requires_grad_(False)
+
+    def step(self, lr, clip=0.0, loss=0.0):
+        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)).item()
+        self.grad_bytes = sum(local(p.grad).nbytes for p in self.model.parameters())
+        for pairs, optimizer in self.layers:
+            for parameter, master in pairs:
+                master.grad = parameter.grad.to(master.dtype)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            for parameter, master in pairs:
+                if master is not parameter:
+                    parameter.data.copy_(master)
+                master.grad = parameter.grad = None
+        return norm, add_up([loss])[0]
+
+    def costs(self):
+        """As `worker_costs`. Traffic as it is by construction, of a ring and of an all-gather in the forward
+        and in the backward pass; for FSDP weights and gradients are counted without those on their way."""
+        params, n = sum(p.numel() for p in self.model.parameters()), self.processes
+        half = round((1 - 1 / n) * params * self.dtype.itemsize)
+        pairs = [pair for pairs, _ in self.layers for pair in pairs]
+        masters = [local(master) for parameter, master in pairs if master is not parameter]
+        states = [s for _, optimizer in self.layers for s in optimizer.state.values()]
+        moments = [local(t) for state in states for t in state.values() if t.dim() > 0]
+        weights = sum(local(parameter).nbytes for parameter, _ in pairs)
+        return {
+            "worker": self.rank,
+            "held_params": params,
+            "weight_bytes": weights + self.whole_bytes,
+            "grad_bytes": self.grad_bytes,
+            "optimizer_bytes": sum(t.nbytes for t in (*moments, *masters)),
+            "peak_bytes": peak_bytes(self.device),
+            "push_bytes": half,
+            "pull_bytes": half * (2 if self.kind == "fsdp" else 1),
+        }
+
+
 # ---- measuring
+
+
+def peak_bytes(device):
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
 @contextmanager
 def measured(parameters):
     """`with measured(parameters) as cost:` around one forward and backward pass: afterwards cost["flops"] as
     torch counts them, and cost["activation_bytes"], what autograd saved for the backward pass: each storage
-    once, parameters excluded."""
+    once, parameters excluded. parameters: a function that returns them (FSDP makes them anew)."""
     cost, seen = {}, {}
-    own = {p.untyped_storage()._cdata for p in parameters}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:  # data_ptr() would be 0 for all fake tensors
+        own = (local(p).untyped_storage()._cdata for p in parameters())
+        if storage._cdata not in seen and storage._cdata not in own:  # data_ptr() is 0 for all fake tensors
             seen[storage._cdata] = storage.nbytes()
         return tensor.detach()  # returning the tensor itself would make a reference cycle
 
@@ -269,6 +445,7 @@ def measured(parameters):
         backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
     }
     with (
+        torch.compiler.set_stance("force_eager"),  # who compiles gives up for good where others look on
         FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter,
         saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
@@ -276,15 +453,17 @@ def measured(parameters):
     cost |= {"flops": counter.get_total_flops(), "activation_bytes": sum(seen.values())}
 
 
-def dense_worker(whole, rows, processes, optimizer, dtype, device):
+def dense_worker(config, rows, micro_batches, processes, optimizer, dtype, device):
     """What one worker of dense data parallelism (torch's DDP) costs: FLOPs and activations of the dense model
     on fake tensors, which need no memory; the rest follows from the number of parameters."""
+    with torch.device("meta"):
+        model = build(config)
     with FakeTensorMode(), torch.device(device):
-        fake = {n: torch.empty(p.shape, dtype=dtype, requires_grad=True) for n, p in whole.named_parameters()}
-        batch = example(whole.config, rows)
-        with measured(fake.values()) as cost:
-            functional_call(whole, fake, batch).backward()
-    params = sum(p.numel() for p in whole.parameters())
+        values = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+        model.load_state_dict(values, assign=True)
+        with measured(model.parameters) as cost:
+            model(*example(config, rows // micro_batches)).backward()
+    params = sum(p.numel() for p in model.parameters())
     half = round((1 - 1 / processes) * params * dtype.itemsize)  # of a ring all-reduce: what it sends, twice
     master = 4 if dtype.itemsize < 4 else 0  # a second, float32 copy of the weights in mixed precision
     moments = {"adamw": 2, "sgd": 1}[optimizer]
@@ -296,7 +475,7 @@ def dense_worker(whole, rows, processes, optimizer, dtype, device):
         "optimizer_bytes": params * (master + moments * max(4, dtype.itemsize)),
         "activation_bytes": cost["activation_bytes"],
         "peak_bytes": None,
-        "flops": cost["flops"],
+        "flops": cost["flops"] * micro_batches,
         "push_bytes": half,
         "pull_bytes": half,
     }
@@ -309,6 +488,8 @@ def worker_costs(engine, worker, steps):
     Optimizer: the owned slices of the master copy, and what the optimizer keeps for each of their elements. A
     process's traffic is divided evenly among the workers that it played.
     """
+    if isinstance(engine, Dense):
+        return engine.costs()
     parts, buckets = engine.workers[worker].parts, engine.buckets.values()
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim() > 0]
     turns = steps * len(engine.workers)
@@ -318,7 +499,7 @@ def worker_costs(engine, worker, steps):
         "weight_bytes": sum(part.values.nbytes for part in parts),
         "grad_bytes": engine.workers[worker].grad_bytes + sum(bucket.mean.nbytes for bucket in buckets),
         "optimizer_bytes": sum(t.nbytes for t in (*moments, *(bucket.master for bucket in buckets))),
-        "peak_bytes": torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None,
+        "peak_bytes": peak_bytes(engine.device),
         "push_bytes": round(engine.traffic["push"] / turns),
         "pull_bytes": round(engine.traffic["pull"] / turns),
     }
@@ -367,59 +548,72 @@ def make_optimizer(args):
 def evaluate(engine, data, args, device):
     """(loss, accuracy) of the whole model on the validation data: nats per token or image, and the share of
     them for which the true one has the highest logit. Each process takes its share of the rows."""
-    totals = torch.zeros(3, dtype=torch.float64)  # losses, right answers, answers
+    totals = np.zeros(3)  # losses, right answers, answers
     training = args.bn_batches * BN_BATCH  # always the same images, cut and mirrored in the same way
     some = (slice(i, i + BN_BATCH) for i in range(0, training, BN_BATCH))
     some = islice(some, engine.rank, None, engine.processes)
     of_training = (data.batch(args.seed, 0, training, rows, device)[0] for rows in some)
     own = range(engine.rank, data.tests, engine.processes)
-    rows = max(1, args.batch_size // engine.processes)
+    answers = 1 if isinstance(data, Images) else data.context  # of a row
+    rows = min(args.batch_size // engine.processes, LOGITS // (answers * next(iter(data.shape.values()))))
+    rows = max(1, rows)
     with engine.whole() as model:
         estimate_statistics(model, of_training)
         for i in range(0, len(own), rows):
             x, y = data.validation(own[i : i + rows], device)
             logits = model(x)  # (rows, classes) or (rows, context, vocabulary)
             loss, right = cross_entropy(logits, y).item() * y.numel(), (logits.argmax(-1) == y).sum().item()
-            totals += torch.tensor([loss, right, y.numel()], dtype=torch.float64)
-    totals = totals.to(device)
-    dist.all_reduce(totals)
-    loss, right, answers = totals.tolist()
+            totals += loss, right, y.numel()
+    loss, right, answers = add_up(totals.tolist())
     return loss / answers, right / answers
+
+
+def load_batches(data, engine, args, step, device):
+    """[(x, y)] for the workers of this process, rows that depend on the step and the worker alone."""
+    rows = args.batch_size // args.workers
+    mine = [slice(worker * rows, (worker + 1) * rows) for worker in engine.workers]
+    return [data.batch(args.seed, step, args.batch_size, some, device) for some in mine]
+
+
+def update(engine, batches, args, lr, costs=None):
+    """One step on [(x, y)] of this process's workers. Returns (norm of the gradient, mean loss). Fills the
+    dictionary `costs`, if it is given, with {worker: what `measured` finds}."""
+    loss_sum, passes = 0.0, args.micro_batches
+    for worker, (x, y) in zip(engine.workers, batches):
+        losses = []
+        with engine.turn(worker, passes) as model:
+            for some_x, some_y in zip(x.chunk(passes), y.chunk(passes)):
+                first = costs is not None and not losses
+                with measured(model.parameters) if first else nullcontext() as cost:
+                    loss = model(some_x, some_y)  # x: (rows, context) or (rows, 3, image, image)
+                    (loss / passes).backward()
+                losses.append(loss.detach())
+                if first:
+                    costs[worker] = cost
+        if costs:
+            costs[worker]["flops"] *= passes
+        loss_sum += torch.stack(losses).mean().item()
+    norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
+    return norm, loss_sum / args.workers
 
 
 def train(engine, data, args, device, log):
     """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the
     first step}, median step time in ms, final (loss, accuracy) as `evaluate` returns them)."""
-    rows = args.batch_size // args.workers
     what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
     costs, milliseconds, found = {}, [], None
     bar = tqdm(range(1, args.steps + 1), disable=engine.rank != 0, unit="step", mininterval=0.5)
-
-    def load_batches(step):
-        """[(x, y)] for the workers of this process, rows that depend on the step and the worker alone."""
-        mine = [slice(worker * rows, (worker + 1) * rows) for worker in engine.workers]
-        return [data.batch(args.seed, step, args.batch_size, some, device) for some in mine]
-
     with ThreadPoolExecutor(1) as loader:
-        coming = loader.submit(load_batches, 1)
+        coming = loader.submit(load_batches, data, engine, args, 1, device)
         for step in bar:
             began = time.perf_counter()
-            batches, coming = coming.result(), loader.submit(load_batches, min(step + 1, args.steps))
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            for worker, (x, y) in zip(engine.workers, batches):
-                with engine.turn(worker) as model:
-                    with (
-                        measured(model.parameters()) if step == 1 else nullcontext(costs.get(worker)) as cost
-                    ):
-                        loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
-                        loss.backward()
-                costs[worker] = cost
-                loss_sum += loss.detach()
+            batches = coming.result()
+            coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps), device)
             lr = learning_rate(step, args)
-            norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
+            norm, loss = update(engine, batches, args, lr, costs if step == 1 else None)
             seconds = time.perf_counter() - began
 
-            loss, of_batch = loss_sum / args.workers, y.numel() * args.workers
+            of_batch = batches[0][1].numel() * args.workers
             entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
             entry |= {"step_ms": 1e3 * seconds, what: step * of_batch}
             milliseconds.append(entry["step_ms"])
@@ -437,32 +631,110 @@ def train(engine, data, args, device, log):
     return costs, median(milliseconds), found
 
 
+def bench(engines, data, args, device):
+    """Time the engines, {name: function that makes it}, in turns, so that drift hits all alike, on batches
+    that are in memory already. Returns {name: figures}: of a step the median and quartiles, of the slowest
+    process; bytes and FLOPs of the fullest worker, from two steps before, in which each engine is alone."""
+    found = {}
+    for name, make in engines.items():
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        engine, costs = make(), {}
+        batches = [load_batches(data, engine, args, step, device) for step in (1, 2)]
+        for batch in batches:
+            update(engine, batch, args, args.lr, None if costs else costs)
+        own = worker_costs(engine, engine.rank, 2) | costs[engine.rank]
+        del engine
+        of_all = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, own)
+        found[name] = {key: max(of[key] for of in of_all) for key in own if own[key] is not None}
+    made = {name: make() for name, make in engines.items()}
+    batches, seconds = batches * (args.steps // 2 + 2), {name: [] for name in made}
+    for step in tqdm(range(3 + args.steps), disable=dist.get_rank() != 0, unit="round"):
+        for name in sorted(made, key=lambda name: (list(made).index(name) + step) % len(made)):
+            dist.barrier()
+            began = time.perf_counter()
+            update(made[name], batches[step], args, args.lr)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took = torch.tensor(time.perf_counter() - began)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            seconds[name] += [took.item()] if step >= 3 else []
+    of_step = args.batch_size * (1 if isinstance(data, Images) else data.context)
+    results = {}
+    for name, times in seconds.items():
+        cost, middle = found[name], median(times)
+        results[name] = {
+            "step_ms": 1e3 * middle,
+            "step_ms_spread": [1e3 * q for q in quantiles(times)[::2]] if len(times) > 1 else None,
+            ("images" if isinstance(data, Images) else "tokens") + "_per_s": of_step / middle,
+            "static_bytes": cost["weight_bytes"] + cost["grad_bytes"] + cost["optimizer_bytes"],
+            "activation_bytes": cost["activation_bytes"],
+            "peak_bytes": cost.get("peak_bytes"),
+            "sent_bytes": cost["push_bytes"] + cost["pull_bytes"],
+            "flops": cost["flops"],
+            "vs_ddp": middle / median(seconds["ddp"]),
+        }
+    return results
+
+
+def bench_table(found):
+    lines = [
+        f"{'':<14}{'ms a step':>10}{'of DDP':>8}"
+        + "".join(f"{what:>13}" for what in ("static MB", "activ. MB", "sent MB", "GFLOP"))
+    ]
+    for name, of in found.items():
+        sizes = (
+            of["static_bytes"] / 1e6,
+            of["activation_bytes"] / 1e6,
+            of["sent_bytes"] / 1e6,
+            of["flops"] / 1e9,
+        )
+        lines.append(
+            f"{name:<14}{of['step_ms']:>10.1f}{of['vs_ddp']:>8.2f}" + "".join(f"{s:>13.2f}" for s in sizes)
+        )
+    return "\n".join(lines)
+
+
 def main(argv=None):
     parser, args = parse(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     whole, data, kept, units, mask = check(args, processes, parser)
-    device, dtype = start(parser), getattr(torch, args.dtype)
+    device = start(args, parser)
+    dtype = getattr(torch, args.dtype)
     local = {"out", "data_dir", "data_url"}  # rank 0's alone, and wherever the same data is
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
     facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
     agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
 
-    engine = SDP(
-        build=lambda trained, frozen: build(whole.config, trained, frozen),
-        initial_value=lambda model, name: initial_value(model, name, args.seed),
-        optimizer=make_optimizer(args),
-        units=units,
-        mask=mask,
-        mode=args.mask,
-        dtype=dtype,
-        device=device,
-    )
+    def make(kind, mode="none"):
+        optimizer, first = make_optimizer(args), partial(initial_value, seed=args.seed)
+        if kind == "sdp":
+            of_mode = np.ones_like(mask) if mode == "none" else mask
+            engine = SDP(make_model, first, optimizer, units, of_mode, mode, dtype, device)
+        else:
+            engine = Dense(kind, make_model, first, optimizer, dtype, device)
+        if args.compile:  # each worker has graphs of its own, and others would wait for it in the first pull
+            x, y = (t.chunk(args.micro_batches)[0] for t in load_batches(data, engine, args, 1, device)[0])
+            engine.rehearse(lambda model: model(x, y).backward())
+            dist.barrier()
+        return engine
+
+    def make_model(trained=None, frozen=None):
+        model = build(whole.config, trained, frozen)
+        torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks differ in what they hold
+        for block in model.blocks.values() if args.compile else ():
+            block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
+        return model
+
     params = sum(p.numel() for p in whole.parameters())
     shared = params - sum(unit.cost for unit, held in zip(units, mask.T) if not held.all())
     shared_blocks = f", with blocks {', '.join(map(str, sorted(kept)))}" if kept else ""
     what = "images" if isinstance(data, Images) else f"sequences of {data.context} tokens"
-    if engine.rank == 0:
-        print(masks.describe(mask, units, asked=1 if args.mask == "none" else args.coverage))
+    if dist.get_rank() == 0:
+        print(masks.describe(mask, units, asked=1 if mask.all() else args.coverage))
         print(
             f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers"
             f"{shared_blocks}\n"
@@ -473,7 +745,17 @@ def main(argv=None):
             flush=True,
         )
 
-    out = Path(args.out) if args.out and engine.rank == 0 else None
+    out = Path(args.out) if args.out and dist.get_rank() == 0 else None
+    if args.bench:
+        modes = {f"sdp-{mode}": partial(make, "sdp", mode) for mode in masks.MODES}
+        found = bench({e: partial(make, e) for e in ("ddp", "fsdp")} | modes, data.to(device), args, device)
+        if dist.get_rank() == 0:
+            print(bench_table(found))
+        leave()
+        if out:
+            (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        return
+    engine = make(args.engine, args.mask)
     if out:
         (out / "summary.json").unlink(missing_ok=True)
     if device.type == "cuda":
@@ -488,7 +770,7 @@ def main(argv=None):
     if engine.rank == 0:
         per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
         rows = args.batch_size // args.workers
-        dense = dense_worker(whole, rows, processes, args.optimizer, dtype, device)
+        dense = dense_worker(whole.config, rows, args.micro_batches, processes, args.optimizer, dtype, device)
         print(table(per_worker, dense))
         if args.workers > processes:
             print(
