@@ -71,8 +71,10 @@ class Bucket:
             stop - start, dtype=torch.promote_types(dtype, torch.float32), device=device
         )
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
-        self.trainers = torch.from_numpy(self.has(trains).sum(axis=0)[self.inside]).to(device)
-        self.lengths = torch.from_numpy(np.diff(self.inner)).to(device)
+        trainers = self.has(trains).sum(axis=0)[self.inside]
+        changes = [0, *np.flatnonzero(np.diff(trainers)) + 1, len(trainers)] if len(trainers) else [0]
+        ends = self.inner[changes].tolist()  # [(begin, end, how many train what is in between)] of the slice
+        self.trainers = list(zip(ends, ends[1:], trainers[changes[:-1]].tolist()))
         self.pieces, begin = {}, 0  # {name: what is owned of the parameter}, for the optimizer
         for name, parameter in parameters.items():
             a, b = max(begin, start), min(begin + parameter.numel(), stop)
@@ -311,7 +313,8 @@ class SDP:
     def average(self):
         """Turn the owners' sums into means over the workers that train each parameter."""
         for bucket in self.buckets.values():
-            bucket.mean /= torch.repeat_interleave(bucket.trainers, bucket.lengths)
+            for begin, end, trainers in bucket.trainers:
+                bucket.mean[begin:end] /= trainers
 
     def step(self, lr, clip=0.0, loss=0.0):
         """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`. Returns, as
