@@ -19,6 +19,7 @@ Pull and push are one all_to_all of a bucket each. No activation moves. A proces
 Needs an initialised torch.distributed. Read next: data.py, then train.py.
 """
 
+import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import partial
@@ -191,7 +192,9 @@ class Worker:
             if name in modules:
                 modules[name].register_forward_pre_hook(lambda *_, number=number: self.fetch(number))
             for parameter in part.trained:
-                parameter.register_post_accumulate_grad_hook(lambda _, part=part: self._gradient_came(part))
+                # not by a reference: autograd hides it from the garbage collector, and nothing would be freed
+                hook = partial(Worker._gradient_came, weakref.proxy(self), weakref.proxy(part))
+                parameter.register_post_accumulate_grad_hook(hook)
 
     def begin(self, passes=1):
         """Allocate the parameters, if they were freed, and start to pull them for so many backward passes."""
@@ -223,7 +226,7 @@ class Worker:
             if self.fetched < len(self.parts):
                 self.coming = self.parts[self.fetched].pull()
 
-    def _gradient_came(self, part):
+    def _gradient_came(self, part, _):
         part.missing -= 1
         if part.missing < 0:
             raise RuntimeError("more backward passes than turn(worker, passes) was told of")
@@ -233,10 +236,8 @@ class Worker:
     def _push(self):
         alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
         part = self.unsent.pop()
-        buffers = max(
-            self.under_way, sum(p.nbytes for p in part.trained)
-        )  # on their way, or copied to be sent
-        self.grad_bytes = max(self.grad_bytes, alive + buffers)
+        copied = sum(p.nbytes for p in part.trained)  # to be sent, when what is under way has arrived
+        self.grad_bytes = max(self.grad_bytes, alive + max(self.under_way, copied))
         self.finish_push()
         self.finish_push = None  # frees its buffers
         self.finish_push, self.under_way = part.push()

@@ -11,6 +11,7 @@ Reads like the project: masks, model, engine, the command line.
 import argparse
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.server
 import io
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import masks
@@ -57,7 +59,7 @@ from model import (
     initial_value,
     units_of,
 )
-from sdp import SDP, Bucket, Route, bucket_of
+from sdp import SDP, Bucket, Part, Route, bucket_of
 
 HERE = Path(__file__).parent
 SMALL = GPTConfig(vocabulary=50, layers=4, width=16, heads=4, hidden=32, context=8)
@@ -70,6 +72,9 @@ CONFIGS = {
     "resnet-group-norm": ResNetConfig(width=8, norm="group", classes=5, image=16),
 }
 each_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+fsdp_on_cpu = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
+needs_fsdp = pytest.mark.skipif(not fsdp_on_cpu, reason="FSDP on a CPU needs a newer torch")
+engines = [pytest.param(kind, marks=needs_fsdp if kind == "fsdp" else ()) for kind in ("sdp", "ddp", "fsdp")]
 SCHEMES = [(mode, kind) for mode in ("backward", "forward") for kind in ("block", "neuron")]
 
 
@@ -415,6 +420,13 @@ def test_model_has_as_many_parameters_as_in_the_literature(config, params):
         assert sum(p.numel() for p in build(config).parameters()) == params
 
 
+def test_model_attention_of_images_looks_both_ways():
+    block, x = dense_model(SMALL_VIT).blocks["0"], torch.randn(1, 5, 16, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(block(x, None)[:, 0], block(changed, None)[:, 0])
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_model_cross_entropy_in_chunks(monkeypatch, smoothing):
     """Loss and gradients are those of all logits at once, which are never there at once."""
@@ -511,7 +523,16 @@ def statistics_of_a_constant():
     assert model(x).isfinite().all()
 
 
+def statistics_of_constants():
+    """Of channels that never change: mean of squares less square of the mean can come out below zero."""
+    constants = torch.linspace(0.1, 10, 200, dtype=torch.float64).view(1, 200, 1, 1)
+    norm = torch.nn.Sequential(model.BatchNorm(200)).double()
+    estimate_statistics(norm, [constants.expand(3, 200, 2, 2)] * 7)
+    assert norm[0].running_var.min() == 0 and norm[0].running_var.max() < 1e-12
+
+
 def test_batch_norm_statistics_of_a_constant(in_processes):
+    in_processes(1, statistics_of_constants)
     in_processes(1, statistics_of_a_constant)
 
 
@@ -997,14 +1018,28 @@ def test_mask_none_equals_ddp_on_images(in_processes, model, optimizer):
     in_processes(4, none_and_ddp, CONFIGS[model], optimizer)
 
 
+class Gathered(TorchDispatchMode):
+    """Counts the bytes that all-gathers bring together."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "allgather" in str(function):
+            self.bytes += arguments[0].nbytes
+        return function(*arguments, **(options or {}))
+
+
+def make_any(kind, config, dtype):
+    if kind == "sdp":
+        return make_engine("none", "block", dist.get_world_size(), config=config, dtype=dtype)
+    first = functools.partial(initial_value, seed=0)
+    return train.Dense(kind, lambda: build(config), first, adamw, dtype, torch.device("cpu"))
+
+
 def steps_of(kind, passes, config):
     """Five steps of an engine on two processes, its batches in parts, against the dense model on one."""
     rank, n, dense = dist.get_rank(), dist.get_world_size(), dense_model(config)
-    if kind == "sdp":
-        engine = make_engine("none", "block", n, config=config)
-    else:
-        first = functools.partial(initial_value, seed=0)
-        engine = train.Dense(kind, lambda: build(config), first, adamw, torch.float64, torch.device("cpu"))
+    engine = make_any(kind, config, torch.float64)
     groups = [[p for p in dense.parameters() if (p.dim() == 1) == vectors] for vectors in (False, True)]
     optimizer = adamw([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}])
     for step in range(5):
@@ -1012,7 +1047,8 @@ def steps_of(kind, passes, config):
         args = argparse.Namespace(micro_batches=passes, grad_clip=0.5, workers=n)
         mine = slice(rank * len(x) // n, (rank + 1) * len(x) // n)
         costs = {} if step == 0 else None
-        norm, loss = train.update(engine, [(x[mine], y[mine])], args, 1e-2, costs)
+        with Gathered() as gathered:
+            norm, loss = train.update(engine, [(x[mine], y[mine])], args, 1e-2, costs)
         dense_loss = dense(x, y)
         dense_loss.backward()
         dense_norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.5)
@@ -1020,23 +1056,72 @@ def steps_of(kind, passes, config):
         optimizer.zero_grad()
         assert abs(loss - dense_loss.item()) < 1e-10 and abs(norm - dense_norm.item()) < 1e-10
     assert_close(whole_values(engine), dict(dense.named_parameters()), 1e-10)
-    return costs, train.worker_costs(engine, rank, 5)
+    return gathered.bytes, train.worker_costs(engine, rank, 5)
 
 
-@pytest.mark.parametrize(
-    "kind, passes", [("sdp", 1), ("sdp", 4), ("ddp", 1), ("ddp", 4), ("fsdp", 1), ("fsdp", 2)]
-)
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("kind", engines)
 def test_engines_and_micro_batches_equal_the_dense_model(in_processes, kind, passes):
-    (_, costs), _ = in_processes(2, steps_of, kind, passes, SMALL)
+    (gathered, costs), _ = in_processes(2, steps_of, kind, passes, SMALL)
     params = sum(p.numel() for p in build(SMALL).parameters())
     if kind == "ddp":
         assert (costs["weight_bytes"], costs["grad_bytes"], costs["optimizer_bytes"]) == (8 * params,) * 2 + (
             16 * params,
         )
     if kind == "fsdp":
-        assert costs["grad_bytes"] == pytest.approx(4 * params, rel=0.1)
+        assert costs["pull_bytes"] == pytest.approx(gathered / 2, rel=1e-6)  # each sends its half
+        assert costs["grad_bytes"] == pytest.approx(4 * params + (8 * params if passes > 1 else 0), rel=0.1)
         assert costs["optimizer_bytes"] == pytest.approx(8 * params, rel=0.1)
         assert 4 * params < costs["weight_bytes"] < 8 * params
+
+
+def norms_and_losses(kind, dtype):
+    """Of four small steps."""
+    engine, rank = make_any(kind, SMALL, dtype), dist.get_rank()
+    if kind == "ddp":  # the optimizer begins with what was not rounded
+        masters, exact = (
+            dict(sum((pairs for pairs, _ in engine.layers), [])),
+            dense_model(dtype=torch.float32),
+        )
+        for name, parameter in engine.model.named_parameters():
+            assert torch.equal(masters[parameter], exact.get_parameter(name))
+    args = argparse.Namespace(micro_batches=1, grad_clip=0.5, workers=2)
+    return [train.update(engine, [batch(0, rank, rows=4)], args, 1e-3) for _ in range(4)]
+
+
+@pytest.mark.parametrize("kind", engines)
+def test_engines_learn_alike_in_bfloat16(in_processes, kind):
+    found = np.array(in_processes(2, norms_and_losses, kind, torch.bfloat16)[0])
+    exact = np.array(in_processes(2, norms_and_losses, "sdp", torch.float32)[0])
+    np.testing.assert_allclose(found[:, 1], exact[:, 1], rtol=3e-3)
+    np.testing.assert_allclose(found[0], exact[0], rtol=1e-3)
+
+
+def what_engines_leave():
+    """Engines and whole models that nobody uses any more are freed, after training too."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(found, (Bucket, Part)) for found in gc.get_objects()), tensors()
+
+    def tensors():
+        return sum(isinstance(found, torch.Tensor) and found.numel() > 100 for found in gc.get_objects())
+
+    before = alive()
+    engine = make_engine("backward", "neuron", 2)
+    with engine.turn(dist.get_rank()) as worker:
+        worker(*batch(0)).backward()
+    engine.step(1e-2)
+    used = alive()
+    whole_values(engine)
+    assert alive() == used
+    watch = [weakref.ref(part.values) for worker in engine.workers.values() for part in worker.parts]
+    del engine, worker
+    assert alive() == before and not any(ref() is not None for ref in watch)
+
+
+def test_engines_are_freed(in_processes):
+    in_processes(2, what_engines_leave)
 
 
 def only_the_last_pass_communicates():
@@ -1669,7 +1754,7 @@ def test_train_compiled(monkeypatch, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", engines[1:])
 def test_train_with_other_engines(tmp_path, small_cifar, engine):
     flags = ["--engine", engine, "--model", "resnet18", "--width", "8", "--steps", "2", "--batch-size", "8"]
     flags += ["--checkpoint-activations", "--micro-batches", "2", "--bn-batches", "2"]
@@ -1684,6 +1769,7 @@ def test_train_with_other_engines(tmp_path, small_cifar, engine):
         assert worker["activation_bytes"] == pytest.approx(dense["activation_bytes"], rel=0.1)
 
 
+@needs_fsdp
 def test_bench(tmp_path):
     flags = [*TINY, "--bench", "--steps", "2", "--units", "neuron"]
     done = torchrun(2, *flags, "--out", str(tmp_path))
@@ -1702,7 +1788,7 @@ def test_bench(tmp_path):
         for k in ("flops", "sent_bytes", "activation_bytes")
     )
     assert flops["fsdp"] == flops["sdp-none"] == activations["fsdp"] == activations["sdp-none"] == 1
-    assert sent["fsdp"] == pytest.approx(1.5) and sent["sdp-none"] == pytest.approx(1, rel=0.02)
+    assert 1 < sent["fsdp"] < 1.5 and sent["sdp-none"] == pytest.approx(1, rel=0.02)
     assert flops["sdp-forward"] < flops["sdp-backward"] < 1 and activations["sdp-forward"] < 0.95
     assert "--overwrite" in torchrun(2, *flags, "--out", str(tmp_path)).stderr
 

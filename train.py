@@ -124,7 +124,11 @@ def make_parser():
     for flag, text in (
         ("--checkpoint-activations", "keep only the input of each block, and compute the rest again"),
         ("--compile", "torch.compile each block"),
-        ("--bench", "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out"),
+        (
+            "--bench",
+            "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out;"
+            " all of them must fit into memory at once",
+        ),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -244,16 +248,13 @@ def start(args, parser):
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and alone,
-        "cpu": True,
-    }
+    dense = args.bench or args.engine != "sdp"
+    mps = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dense and args.dtype != "float64"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and mps, "cpu": True}
     if args.device == "auto":
         args.device = next(name for name in there if there[name])
     if not there[args.device]:
-        reason = "is for one process" if args.device == "mps" and not alone else "is not on this machine"
+        reason = "is not on this machine" if mps or args.device == "cuda" else "is for SDP in one process"
         parser.error(f"--device {args.device}: {reason}; --device auto takes what there is")
     device, options = torch.device(args.device), {"backend": "gloo"}
     if args.device == "cuda":
@@ -261,8 +262,17 @@ def start(args, parser):
         torch.cuda.set_device(device)
         if local_processes <= torch.cuda.device_count():
             options = {"backend": "nccl", "device_id": device}
+        elif dense:  # gloo has been silently wrong with asynchronous work on CUDA tensors, see sdp.py
+            parser.error(
+                f"--device cuda: {local_processes} processes on {torch.cuda.device_count()} GPU(s) can run "
+                "SDP, but not DDP and FSDP; start at most as many processes as there are GPUs"
+            )
         elif local == 0:
             print(f"{local_processes} processes share {torch.cuda.device_count()} GPU(s), over gloo")
+    if (args.bench or args.engine == "fsdp") and args.device == "cpu":
+        if not hasattr(torch.cpu.Stream, "record_event"):
+            there = "--bench" if args.bench else "--engine fsdp"
+            parser.error(f"{there}: FSDP on a CPU needs a newer torch than {torch.__version__}, such as 2.13")
     fine = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype or ("bfloat16" if fine else "float32")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1, however many cores there are
@@ -327,8 +337,8 @@ class Dense:
             self.model = build()
         names = [name for name, _ in self.model.named_parameters()]
         kept_as = wide if kind == "fsdp" else dtype
-        values = {name: initial_value(self.model, name).to(device, kept_as) for name in names}
-        self.model.load_state_dict(values, assign=True)
+        values = {name: initial_value(self.model, name).to(device, wide) for name in names}
+        self.model.load_state_dict({n: value.to(kept_as) for n, value in values.items()}, assign=True)
         if kind == "ddp":
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         else:
@@ -340,7 +350,7 @@ class Dense:
         self.wrapped.register_forward_pre_hook(lambda *_: self._pass())
         layers = defaultdict(lambda: ([], []))
         for name, parameter in self.model.named_parameters():
-            master = parameter if parameter.dtype == wide else torch.nn.Parameter(parameter.detach().to(wide))
+            master = parameter if parameter.dtype == wide else torch.nn.Parameter(values[name])
             layers[bucket_of(name)][parameter.dim() == 1].append((parameter, master))
         self.layers = []  # [([(parameter, its master copy or itself)], optimizer)]
         for matrices, others in layers.values():
@@ -351,7 +361,9 @@ class Dense:
             self.layers.append((matrices + others, optimizer([g for g in groups if g["params"]])))
 
     def _look(self):
-        """Before a layer computes: how much of the model is not sharded now?"""
+        """Before a layer computes, in the first step: how much of the model is not sharded now?"""
+        if self.grad_bytes:
+            return
         whole = (p.nbytes for p in self.model.parameters() if not isinstance(p, DTensor))
         self.whole_bytes = max(self.whole_bytes, sum(whole))
 
@@ -369,7 +381,7 @@ class Dense:
 
     @contextmanager
     def turn(self, worker, passes=1):
-        self.passes = passes
+        self.passes = self.of_step = passes
         yield self.wrapped
 
     @contextmanager
@@ -381,11 +393,17 @@ class Dense:
         yield model.eval().requires_grad_(False)
 
     def step(self, lr, clip=0.0, loss=0.0):
-        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)).item()
-        self.grad_bytes = sum(local(p.grad).nbytes for p in self.model.parameters())
+        gradients = [local(p.grad) for p in self.model.parameters()]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum().item()
+        norm = (add_up([squares])[0] if self.kind == "fsdp" else squares) ** 0.5
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        self.grad_bytes = sum(g.nbytes for g in gradients)
         for pairs, optimizer in self.layers:
             for parameter, master in pairs:
                 master.grad = parameter.grad.to(master.dtype)
+            if factor < 1:
+                torch._foreach_mul_([local(master.grad) for _, master in pairs], factor)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -396,10 +414,15 @@ class Dense:
         return norm, add_up([loss])[0]
 
     def costs(self):
-        """As `worker_costs`. Traffic as it is by construction, of a ring and of an all-gather in the forward
-        and in the backward pass; for FSDP weights and gradients are counted without those on their way."""
-        params, n = sum(p.numel() for p in self.model.parameters()), self.processes
-        half = round((1 - 1 / n) * params * self.dtype.itemsize)
+        """As `worker_costs`. Traffic as it is by construction: a ring; or in each pass an all-gather of each
+        block forward and backward, and of the rest once, and a reduce-scatter in the last pass. FSDP's
+        gradients are counted without those on their way, but between passes all of them are there."""
+        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
+        params, sharded = sum(sizes.values()), self.kind == "fsdp"
+        half = ring_half(params, self.processes, self.dtype)
+        again = sum(n for name, n in sizes.items() if name.startswith("blocks."))
+        gathered = half + ring_half(again, self.processes, self.dtype)
+        kept = params * self.dtype.itemsize if sharded and self.of_step > 1 else 0
         pairs = [pair for pairs, _ in self.layers for pair in pairs]
         masters = [local(master) for parameter, master in pairs if master is not parameter]
         states = [s for _, optimizer in self.layers for s in optimizer.state.values()]
@@ -409,15 +432,20 @@ class Dense:
             "worker": self.rank,
             "held_params": params,
             "weight_bytes": weights + self.whole_bytes,
-            "grad_bytes": self.grad_bytes,
+            "grad_bytes": self.grad_bytes + kept,
             "optimizer_bytes": sum(t.nbytes for t in (*moments, *masters)),
             "peak_bytes": peak_bytes(self.device),
             "push_bytes": half,
-            "pull_bytes": half * (2 if self.kind == "fsdp" else 1),
+            "pull_bytes": gathered * self.of_step if sharded else half,
         }
 
 
 # ---- measuring
+
+
+def ring_half(params, processes, dtype):
+    """The bytes that each process sends in a ring all-gather or reduce-scatter; twice this, an all-reduce."""
+    return round((1 - 1 / processes) * params * dtype.itemsize)
 
 
 def peak_bytes(device):
@@ -464,7 +492,7 @@ def dense_worker(config, rows, micro_batches, processes, optimizer, dtype, devic
         with measured(model.parameters) as cost:
             model(*example(config, rows // micro_batches)).backward()
     params = sum(p.numel() for p in model.parameters())
-    half = round((1 - 1 / processes) * params * dtype.itemsize)  # of a ring all-reduce: what it sends, twice
+    half = ring_half(params, processes, dtype)
     master = 4 if dtype.itemsize < 4 else 0  # a second, float32 copy of the weights in mixed precision
     moments = {"adamw": 2, "sgd": 1}[optimizer]
     return {
@@ -637,16 +665,17 @@ def bench(engines, data, args, device):
     process; bytes and FLOPs of the fullest worker, from two steps before, in which each engine is alone."""
     found = {}
     for name, make in engines.items():
+        engine, costs = make(), {}
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        engine, costs = make(), {}
         batches = [load_batches(data, engine, args, step, device) for step in (1, 2)]
         for batch in batches:
             update(engine, batch, args, args.lr, None if costs else costs)
         own = worker_costs(engine, engine.rank, 2) | costs[engine.rank]
         del engine
+        gc.collect()
         of_all = [None] * dist.get_world_size()
         dist.all_gather_object(of_all, own)
         found[name] = {key: max(of[key] for of in of_all) for key in own if own[key] is not None}
@@ -659,9 +688,8 @@ def bench(engines, data, args, device):
             update(made[name], batches[step], args, args.lr)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            took = torch.tensor(time.perf_counter() - began)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-            seconds[name] += [took.item()] if step >= 3 else []
+            dist.barrier()  # until the slowest is there
+            seconds[name] += [time.perf_counter() - began] if step >= 3 else []
     of_step = args.batch_size * (1 if isinstance(data, Images) else data.context)
     results = {}
     for name, times in seconds.items():
@@ -718,14 +746,18 @@ def main(argv=None):
             engine = Dense(kind, make_model, first, optimizer, dtype, device)
         if args.compile:  # each worker has graphs of its own, and others would wait for it in the first pull
             x, y = (t.chunk(args.micro_batches)[0] for t in load_batches(data, engine, args, 1, device)[0])
-            engine.rehearse(lambda model: model(x, y).backward())
+            try:
+                engine.rehearse(lambda model: model(x, y).backward())
+            except Exception as error:  # there can be anything wrong with a compiler
+                reason = " ".join(str(error).split())[:200]
+                parser.error(f"--compile: does not work here ({reason}); leave it out")
             dist.barrier()
         return engine
 
     def make_model(trained=None, frozen=None):
         model = build(whole.config, trained, frozen)
-        torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks differ in what they hold
         for block in model.blocks.values() if args.compile else ():
+            torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
             block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
         return model
 
