@@ -709,20 +709,14 @@ def bench(engines, data, args, device):
 
 
 def bench_table(found):
-    lines = [
-        f"{'':<14}{'ms a step':>10}{'of DDP':>8}"
-        + "".join(f"{what:>13}" for what in ("static MB", "activ. MB", "sent MB", "GFLOP"))
-    ]
+    """What `bench` found, as text."""
+    columns = (
+        ("step_ms", "ms a step", 1), ("vs_ddp", "of DDP", 1), ("static_bytes", "static, MB", 1e6),
+        ("activation_bytes", "activ., MB", 1e6), ("sent_bytes", "sent, MB", 1e6), ("flops", "GFLOP", 1e9),
+    )  # fmt: skip
+    lines = [f"{'':<14}" + "".join(f"{title:>12}" for _, title, _ in columns)]
     for name, of in found.items():
-        sizes = (
-            of["static_bytes"] / 1e6,
-            of["activation_bytes"] / 1e6,
-            of["sent_bytes"] / 1e6,
-            of["flops"] / 1e9,
-        )
-        lines.append(
-            f"{name:<14}{of['step_ms']:>10.1f}{of['vs_ddp']:>8.2f}" + "".join(f"{s:>13.2f}" for s in sizes)
-        )
+        lines.append(f"{name:<14}" + "".join(f"{of[key] / unit:>12.2f}" for key, _, unit in columns))
     return "\n".join(lines)
 
 
