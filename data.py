@@ -156,7 +156,7 @@ def download_fineweb(folder, shards, url=FINEWEB_URL):
     """Load the shard to validate on and the first `shards` to train on, unless they are there. What a broken
     connection leaves is gone on with next time. Raises ValueError."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name in ("fineweb_val_000000.bin", *(f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1))):
         path, part = folder / name, folder / f"{name}.part"
         if not path.exists():
@@ -304,7 +304,7 @@ def download(source, folder, url=None):
     if path.exists():
         check_md5(path, source, f"delete it and load {source.archive} again")
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
         part = Path(part) / source.archive
         if url.startswith(CIFAR_URL):
@@ -313,6 +313,13 @@ def download(source, folder, url=None):
         receive(url, part, f"{remedy} archive by --data-url")
         check_md5(part, source, f"it came from {url}: try again, or another --data-url")
         return part.replace(path)
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--data-dir {folder}: cannot be made ({error.strerror}); choose another") from None
 
 
 def receive(url, path, remedy):
@@ -544,12 +551,16 @@ def main():
     command.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     command.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
     command = commands.add_parser("fineweb", help="download shards of 100 million tokens, 200 MB each")
-    command.add_argument("--shards", type=at_least(1), default=1, help="to train on, of 103 (default: 1)")
+    command.add_argument(
+        "--shards", type=at_least(1), default=1, help="to train on, at most 103 (default: 1)"
+    )
     command.add_argument("--data-dir", default="datasets/fineweb", help="folder (default: datasets/fineweb)")
     command.add_argument("--data-url", default=FINEWEB_URL, help=f"a mirror (default: {FINEWEB_URL})")
     args = parser.parse_args()
     try:
         if args.data == "fineweb":
+            if args.shards > 103:
+                raise ValueError(f"--shards {args.shards}: there are 103")
             download_fineweb(args.data_dir, args.shards, args.data_url)
             text = fineweb(args.data_dir, context=1)
             print(

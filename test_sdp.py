@@ -427,6 +427,16 @@ def test_model_attention_of_images_looks_both_ways():
     assert not torch.allclose(block(x, None)[:, 0], block(changed, None)[:, 0])
 
 
+def test_model_of_images_takes_the_mean_over_patches():
+    """Without positions it does not matter where a patch is."""
+    dense, (x, _) = dense_model(SMALL_VIT), batch(0, config=SMALL_VIT)
+    moved = x.roll((4, 8), dims=(2, 3))  # by whole patches
+    assert not torch.allclose(dense(x), dense(moved))
+    with torch.no_grad():
+        dense.embedding.positions.zero_()
+    torch.testing.assert_close(dense(x), dense(moved))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_model_cross_entropy_in_chunks(monkeypatch, smoothing):
     """Loss and gradients are those of all logits at once, which are never there at once."""
