@@ -1104,7 +1104,7 @@ def test_engines_learn_alike_in_bfloat16(in_processes, kind):
     found = np.array(in_processes(2, norms_and_losses, kind, torch.bfloat16)[0])
     exact = np.array(in_processes(2, norms_and_losses, "sdp", torch.float32)[0])
     np.testing.assert_allclose(found[:, 1], exact[:, 1], rtol=3e-3)
-    np.testing.assert_allclose(found[0], exact[0], rtol=1e-3)
+    np.testing.assert_allclose(found[0], exact[0], rtol=5e-3)
 
 
 def what_engines_leave():
