@@ -730,6 +730,8 @@ def test_data_crops_by_hand():
     expected[:, :, 2:, :7] = original[:, :, :6, 1:]  # a quarter of 1 is one of 8 pixels; half, two
     torch.testing.assert_close(x, torch.cat([original, original.flip(3), expected]), rtol=0, atol=1e-2)
     torch.testing.assert_close(images.validation(slice(0, 1))[0], original, rtol=0, atol=1e-2)
+    images.size = 4  # of 8: the centre
+    torch.testing.assert_close(images.validation(slice(0, 1))[0], original[:, :, 2:6, 2:6], rtol=0, atol=1e-2)
     boxes = data.shifted(np.random.default_rng(0), 1000, 32, 32)
     assert set(np.unique(boxes[:, :2] * 16)) == set(range(-4, 5)) and (boxes[:, 2:] == 1).all()
     boxes = data.resized(np.random.default_rng(0), 1000, 256, 224)
@@ -1810,6 +1812,16 @@ def test_learning_rate():
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
     _, args = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"])
     assert train.learning_rate(1, args) > 0
+
+
+def test_sgd_has_nesterov_momentum():
+    _, args = train.parse(["--model", "resnet18", "--lr", "0.1", "--weight-decay", "0"])
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = train.make_optimizer(args)([{"params": [parameter]}])
+    for _ in range(2):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+    assert parameter.item() == pytest.approx(1 - 0.1 * ((1 + 0.9) + (1 + 0.9 * 1.9)))
 
 
 BAD = [  # flags, processes, what the one line must say
