@@ -90,8 +90,9 @@ def deal(units, workers, holders, rng):
     load_of_kind = {unit.kind: np.zeros(workers) for unit in units}
     for u in sorted(rng.permutation(len(units)), key=lambda u: -units[u].cost):
         of_kind = load_of_kind[units[u].kind]
-        by_load = np.lexsort((rng.random(workers), load, of_kind))  # the last key is the first criterion
-        chosen = by_load[:holders]
+        by_chance = np.argsort(rng.random(workers))
+        load_both = of_kind + 1j * load  # complex numbers are sorted by real, then by imaginary parts
+        chosen = by_chance[np.argsort(load_both[by_chance], kind="stable")][:holders]
         mask[chosen, u] = True
         load[chosen] += units[u].cost
         of_kind[chosen] += units[u].cost
