@@ -1,4 +1,9 @@
-"""The models, with layers that can be built from any of their units: GPT, ViT, ResNet-18.
+"""The models, with layers that can be built from any of their units: GPT, ViT, ResNet-18. Also the command
+for what was trained:
+
+    python model.py sample runs/a/ckpt.pt --prompt "import os"    # go on with a text
+    python model.py export runs/a/ckpt.pt weights.pt              # a plain state dict
+    python model.py export-hf runs/a/ckpt.pt DIR                  # of a GPT: LlamaForCausalLM
 
 An attention is a sum over its heads, an MLP over its groups of hidden neurons, a pair of convolutions over
 groups of the channels between them. Such a layer is a `Branch`: it is built for any *number* of its
@@ -9,8 +14,12 @@ is a run of whole rows.
 Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves parameters and gradients.
 """
 
+import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from masks import Unit
+from masks import Parser, Unit, at_least
 
 # Fine enough to balance, coarse enough to move in few pieces:
 GROUPS = 16  # groups of hidden neurons of an MLP
@@ -518,3 +527,169 @@ def initial_value(model, name, seed):
     branches = 2 * model.config.layers if leaf in ("o", "down") else 1
     lost = 2 if isinstance(model, ResNet) and len(shape) == 4 else 1
     return value / (inputs * branches / lost) ** 0.5
+
+
+# ---- what was trained
+
+FORMAT = 1  # of checkpoints
+
+
+def read_checkpoint(path):
+    """What train.py has saved: {"step", "skipped", "flags", "config", "fingerprint" of the data, "model":
+    state dict of the whole model, "optimizer": {name: {key: tensor}}, "checksum"}, memory-mapped.
+
+    Raises ValueError in one line where a file is anything else, or damaged: torch does not look at the
+    checksums of the zip archive that it is. Nothing in it is executed.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        with zipfile.ZipFile(path) as archive:
+            files = archive.infolist()
+            if any(file.compress_type != zipfile.ZIP_STORED for file in files):
+                raise ValueError("it is compressed")  # as torch never does, and might have any size
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
+        weights, numbers = saved["model"], (saved["step"], saved["skipped"], saved["fingerprint"])
+        if saved["config"].get("layers", 0) > len(weights) or not all(type(n) is int for n in numbers):
+            raise ValueError("its numbers do not fit together")
+        config = CONFIGS[saved["flags"]["model"]](**saved["config"])
+        with torch.device("meta"):
+            model = build(config)
+        model.load_state_dict(weights, assign=True)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, state in saved["optimizer"].items():
+            if any(of.dim() and of.shape != shapes[name] for of in state.values()):
+                raise ValueError(f"the optimizer's state of {name} has another shape")
+        tensors = [*weights.values(), *(of for state in saved["optimizer"].values() for of in state.values())]
+        if not all(of.is_floating_point() and of.is_contiguous() for of in tensors):
+            raise ValueError("it has tensors of another kind")
+    except Exception as error:  # what a damaged file raises could be anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: is no checkpoint that can be read ({reason})") from None
+    checksum = zlib.crc32(repr([file.CRC for file in files]).encode())
+    return saved | {"config": config, "checksum": checksum}
+
+
+def load_model(path):
+    """The whole model of a checkpoint, on the CPU and ready to be evaluated. Raises ValueError."""
+    saved = read_checkpoint(path)
+    with torch.device("meta"):
+        model = build(saved["config"])
+    model.load_state_dict(saved["model"], assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def as_llama(model):
+    """(config, state dict) of Hugging Face's LlamaForCausalLM: for a GPT, the same by other names."""
+    config = model.config
+    about = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": config.width, "intermediate_size": config.hidden, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.heads,
+        "vocab_size": config.vocabulary, "max_position_embeddings": config.context, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": None, "eos_token_id": None, "torch_dtype": "float32",
+    }  # fmt: skip
+    names = {
+        "norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight",
+        "attention.q": "self_attn.q_proj.weight", "attention.k": "self_attn.k_proj.weight",
+        "attention.v": "self_attn.v_proj.weight", "attention.o": "self_attn.o_proj.weight",
+        "mlp.gate": "mlp.gate_proj.weight", "mlp.up": "mlp.up_proj.weight",
+        "mlp.down": "mlp.down_proj.weight",
+    }  # fmt: skip
+    state = {
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.head.norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
+    for i, block in model.blocks.items():
+        for name, weight in block.named_parameters():
+            units_first = name in ("attention.o", "mlp.down")
+            state[f"model.layers.{i}.{names[name]}"] = weight.T.contiguous() if units_first else weight
+    return about, {name: weight.detach() for name, weight in state.items()}
+
+
+@torch.no_grad()
+def sample(model, tokens, number, temperature, seed):
+    """`number` further tokens, one by one, after those of a list; each from at most --context before it."""
+    generator, tokens = torch.Generator().manual_seed(seed), list(tokens)
+    for _ in range(number):
+        logits = model(torch.tensor([tokens[-model.config.context :]]))[0, -1]  # (vocabulary,)
+        if temperature > 0:
+            chances = torch.softmax(logits.double() / temperature, dim=0)
+            tokens.append(torch.multinomial(chances, 1, generator=generator).item())
+        else:
+            tokens.append(logits.argmax().item())
+        yield tokens[-1]
+
+
+def codec(vocabulary):
+    """(encode, decode) between text and tokens: bytes, or GPT-2's, which need tiktoken. Raises ValueError."""
+    if vocabulary == 256:
+        return str.encode, lambda tokens: bytes(tokens).decode(errors="replace")
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError("text of GPT-2's tokens needs tiktoken: pip install tiktoken") from None
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return gpt2.encode_ordinary, lambda tokens: gpt2.decode([t for t in tokens if t < gpt2.n_vocab])
+
+
+def new_file(path):
+    """The path, if nothing is there yet, and it can be written. Raises ValueError."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: is there already; choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    return path
+
+
+def main():
+    parser = Parser(description="Use what train.py has trained.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("sample", help="go on with a text, by a GPT")
+    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
+    command.add_argument("--prompt", default="\n", help="the text to go on with (default: a new line)")
+    command.add_argument("--tokens", type=at_least(1), default=200, help="how many to add (default: 200)")
+    command.add_argument(
+        "--temperature", type=at_least(0, float), default=0.8,
+        help="by which logits are divided; 0 takes the most likely token each time (default: 0.8)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=at_least(0), default=0, help="of the choice (default: 0)")
+    command = commands.add_parser("export", help="write the whole model's state dict, as build() loads it")
+    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
+    command.add_argument("file", help="to be written")
+    command = commands.add_parser("export-hf", help="of a GPT: a folder for transformers' LlamaForCausalLM")
+    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
+    command.add_argument("folder", help="to be made")
+    args = parser.parse_args()
+    try:
+        model = load_model(args.checkpoint)
+        if args.command != "export" and not isinstance(model.config, GPTConfig):
+            raise ValueError(f"{args.checkpoint}: {args.command} is for a GPT, and this is none")
+        if args.command == "export":
+            torch.save(dict(model.state_dict()), new_file(args.file))
+        elif args.command == "export-hf":
+            config, state = as_llama(model)
+            torch.save(state, new_file(Path(args.folder) / "pytorch_model.bin"))
+            new_file(Path(args.folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        else:
+            encode, decode = codec(model.config.vocabulary)
+            if not (tokens := encode(args.prompt)):
+                raise ValueError("--prompt: is empty; one character is enough")
+            found = list(sample(model, tokens, args.tokens, args.temperature, args.seed))
+            print(args.prompt + decode(found))
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

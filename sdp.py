@@ -76,18 +76,34 @@ class Bucket:
         changes = [0, *np.flatnonzero(np.diff(trainers)) + 1, len(trainers)] if len(trainers) else [0]
         ends = self.inner[changes].tolist()  # [(begin, end, how many train what is in between)] of the slice
         self.trainers = list(zip(ends, ends[1:], trainers[changes[:-1]].tolist()))
-        self.pieces, begin = {}, 0  # {name: what is owned of the parameter}, for the optimizer
+        self.shapes, self.pieces, begin = {n: p.shape for n, p in parameters.items()}, {}, 0
+        # {name: (where in the parameter, flattened, what is owned of it begins and ends, that itself)}
         for name, parameter in parameters.items():
             a, b = max(begin, start), min(begin + parameter.numel(), stop)
             if a < b:
                 self.master[a - start : b - start] = initial_value(name).flatten()[a - begin : b - begin]
-                self.pieces[name] = torch.nn.Parameter(self.master[a - start : b - start])
-                self.pieces[name].grad = self.mean[a - start : b - start]
+                piece = torch.nn.Parameter(self.master[a - start : b - start])
+                piece.grad = self.mean[a - start : b - start]
+                self.pieces[name] = slice(a - begin, b - begin), piece
             begin += parameter.numel()
 
     def has(self, mask):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
         return np.column_stack([mask, np.full(len(mask), True)])[:, self.unit]  # -1 is the last column
+
+    def gather(self, own):
+        """{name: tensor of the parameter's shape}, in rank 0's CPU memory, of what each process has for its
+        slice, such as its master; empty on the others."""
+        most, rank = int(self.cuts[1]), dist.get_rank()
+        own = torch.nn.functional.pad(own.detach(), (0, most - len(own)))  # only the last ones are shorter
+        own = own.cpu() if dist.get_backend() == "gloo" else own
+        slices = [torch.empty_like(own) for _ in self.cuts[1:]] if rank == 0 else None
+        dist.gather(own, slices)
+        if rank > 0:
+            return {}
+        whole = torch.cat([each.cpu() for each in slices])[: self.edges[-1]]
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        return {n: flat.view(shape) for (n, shape), flat in zip(self.shapes.items(), whole.split(sizes))}
 
 
 def runs(has, edges):
@@ -213,8 +229,6 @@ class Worker:
         self.fetched, self.unsent, self.finish_push = len(self.parts), [], lambda: None
         run(self.model)
         for part in self.parts:
-            for parameter in part.trained:
-                parameter.grad = None
             part.values.untyped_storage().resize_(0)
 
     def fetch(self, needed):
@@ -226,8 +240,10 @@ class Worker:
             if self.fetched < len(self.parts):
                 self.coming = self.parts[self.fetched].pull()
 
-    def _gradient_came(self, part, _):
+    def _gradient_came(self, part, parameter):
         part.missing -= 1
+        if part.missing == np.inf:  # a rehearsal
+            parameter.grad = None
         if part.missing < 0:
             raise RuntimeError("more backward passes than turn(worker, passes) was told of")
         while self.unsent and self.unsent[-1].missing == 0:  # also parts of which this worker has nothing
@@ -276,7 +292,7 @@ class SDP:
         self.buckets = {n: Bucket(p, numbers, trains, values, dtype, device) for n, p in layers.items()}
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]  # matrices; norms and biases
         for bucket in self.buckets.values():
-            for name, piece in bucket.pieces.items():
+            for name, (_, piece) in bucket.pieces.items():
                 groups[whole.get_parameter(name).dim() == 1]["params"].append(piece)
         self.optimizer = optimizer(groups)
         rounds = [slice(i, i + self.processes) for i in range(0, len(mask), self.processes)]
@@ -311,23 +327,53 @@ class SDP:
         reader.fetch(len(reader.parts))
         yield reader.model.eval().requires_grad_(False)
 
+    def state(self):
+        """The whole model and the state of its optimizer, in rank 0's CPU memory: ({name: tensor}, {name:
+        {key: tensor}}), at the owners' precision; empty on the others. Gathered bucket by bucket."""
+        model, optimizer, state = {}, defaultdict(dict), self.optimizer.state
+        keys = [[key for key, of in next(iter(state.values()), {}).items() if of.dim() > 0]]
+        dist.broadcast_object_list(keys)  # from rank 0, which owns something of every bucket
+        for bucket in self.buckets.values():
+            model |= bucket.gather(bucket.master)
+            pieces = [state[piece] for _, piece in bucket.pieces.values() if keys[0]]
+            for key in keys[0]:
+                own = torch.cat([bucket.master[:0], *(of[key].detach() for of in pieces)])
+                for name, tensor in bucket.gather(own).items():
+                    numbers = {k: of.detach().cpu() for k, of in pieces[0].items() if of.dim() == 0}
+                    optimizer[name] |= {key: tensor} | numbers  # of steps, which all have in common
+        return model, dict(optimizer)
+
+    def load(self, model, optimizer):
+        """Go on from what `state` gave, on any processes. Each takes its slices from the whole tensors,
+        which may be memory-mapped."""
+        for bucket in self.buckets.values():
+            for name, (where, piece) in bucket.pieces.items():
+                with torch.no_grad():
+                    piece.copy_(model[name].flatten()[where])
+                self.optimizer.state[piece] = {
+                    key: (of.flatten()[where] if of.dim() else of).to(piece.device, copy=True)
+                    for key, of in optimizer.get(name, {}).items()
+                }
+
     def average(self):
         """Turn the owners' sums into means over the workers that train each parameter."""
         for bucket in self.buckets.values():
             for begin, end, trainers in bucket.trainers:
                 bucket.mean[begin:end] /= trainers
 
-    def step(self, lr, clip=0.0, loss=0.0):
-        """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`. Returns, as
-        floats, (the norm of the whole model's averaged gradient, `loss` summed over the processes)."""
+    def step(self, lr, clip=0.0, *numbers):
+        """Average, clip to the norm `clip` (0: do not), update with the learning rate `lr`; but where the
+        norm or one of the numbers, such as the loss, is infinite or NaN, leave everything as it was. Returns,
+        as floats, [the norm of the whole model's averaged gradient, each number's sum over the processes]."""
         self.average()
         squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
-        squares, loss = add_up([squares.cpu().double().sum().item(), loss])
+        squares, *sums = add_up([squares.cpu().double().sum().item(), *numbers])
         norm = squares**0.5
-        for bucket in self.buckets.values() if clip else ():
-            bucket.mean *= min(1.0, clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        if np.isfinite([norm, *sums]).all():
+            for bucket in self.buckets.values() if clip else ():
+                bucket.mean *= min(1.0, clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
-        return norm, loss
+        return norm, *sums

@@ -1003,7 +1003,7 @@ def none_and_ddp(config, optimizer):
         with engine.turn(rank) as model:
             loss = model(x, y)
             loss.backward()
-        norm, loss_sum = engine.step(lr=1e-2, clip=0.5, loss=loss.detach())
+        norm, loss_sum = engine.step(1e-2, 0.5, loss.detach())
         ddp_loss = ddp(x, y)
         ddp_loss.backward()
         ddp_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.5)
@@ -1519,7 +1519,7 @@ def learn(mode, dtype):
                 loss = model(*batch(0, worker))
                 loss.backward()
             total += loss.detach()
-        losses.append(engine.step(lr=1e-2, clip=1.0, loss=total)[1] / 4)
+        losses.append(engine.step(1e-2, 1.0, total)[1] / 4)
     return losses
 
 

@@ -5,6 +5,7 @@
     python train.py --mask forward                                        # one process plays four workers
     torchrun --standalone --nproc-per-node 2 train.py --model resnet18 --width 16 --workers 8
     torchrun --standalone --nproc-per-node 4 train.py --bench --size 10m  # beside torch's DDP and FSDP
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 train.py --out runs/a --resume --save-every 100
 
 Needs masks.py, model.py, sdp.py and data.py, which are best read first.
 """
@@ -13,6 +14,8 @@ import gc
 import json
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
 import zlib
@@ -32,7 +35,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
@@ -42,6 +45,7 @@ from data import Images, load, shape_of
 from masks import Parser, at_least
 from model import (
     CONFIGS,
+    FORMAT,
     LOGITS,
     SIZES,
     build,
@@ -49,11 +53,17 @@ from model import (
     estimate_statistics,
     example,
     initial_value,
+    read_checkpoint,
     units_of,
 )
 from sdp import SDP, add_up, bucket_of
 
+PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 BN_BATCH = 64  # images that are normalised together where statistics are estimated
+LAST, BEFORE = "ckpt.pt", "ckpt.prev.pt"  # the files in --out
+OF_MODEL = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags
+OF_DATA = ("model", "data", "data_dir")  # these too come from a checkpoint
+OF_TRAINING = ("label_smoothing", "checkpoint_activations")  # but not these fields of a config
 DEFAULTS = {
     "gpt": {},
     "vit": {"data": "cifar10", "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05},
@@ -116,7 +126,10 @@ def make_parser():
         ("--device", ("auto", "cpu", "cuda", "mps"), "auto", "auto: cuda where there is one, else mps for a"
          " process alone, else cpu"),
         ("--seed", at_least(0), 0, "of initial values, batches and masks"),
-        ("--out", str, None, "folder for log.jsonl and summary.json; without it nothing is written"),
+        ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints; without it nothing is"
+         " written"),
+        ("--save-every", at_least(0), 500, "steps between checkpoints, 0 = only after the last"),
+        ("--timeout", at_least(1), 600, "seconds that processes wait for one that does not answer"),
     ):  # fmt: skip
         limits = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         text = meaning if default is None else f"{meaning} (default: {default})"
@@ -132,16 +145,48 @@ def make_parser():
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a file, from the one in --out, if it is there already",
+    )  # fmt: skip
+    parser.add_argument("--eval-only", action="store_true", help="only validate the model of --resume")
     return parser
 
 
 def parse(argv=None):
-    """(parser, args), with the defaults that suit --model."""
+    """(parser, args, the checkpoint to go on from or None), with the defaults that suit --model, or those
+    that the checkpoint was trained with."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    try:
+        path = checkpoint_to_resume(args)
+        saved = read_checkpoint(path) | {"path": path} if path else None
+    except (ValueError, OSError) as error:
+        parser.error(f"--resume: {error}")
     dense = {"mask": "none"} if args.engine != "sdp" else {}
-    parser.set_defaults(**DEFAULTS[args.model], **dense)
-    return parser, parser.parse_args(argv)
+    of_saved = saved["flags"] | vars(saved["config"]) if saved else {}
+    parser.set_defaults(**DEFAULTS[of_saved.get("model", args.model)] | dense)
+    parser.set_defaults(**{flag: of_saved[flag] for flag in (*OF_DATA, *OF_MODEL) if flag in of_saved})
+    return parser, parser.parse_args(argv), saved
+
+
+def checkpoint_to_resume(args):
+    """The file, or None: with --resume alone, or after a restart by torchrun, what is in --out, if there is
+    something. Raises ValueError where there can be none."""
+    if args.resume == "" and not args.out:
+        raise ValueError("without a file, needs the --out that has one")
+    own = (
+        [Path(args.out) / name for name in (LAST, BEFORE)]
+        if args.out and (restarted() or args.resume == "")
+        else []
+    )
+    there = next(filter(Path.exists, own), None)
+    return there or (Path(args.resume) if args.resume else None)
+
+
+def restarted():
+    """Has torchrun started this process again, after one had failed?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def make_config(args, shape):
@@ -155,19 +200,41 @@ def make_config(args, shape):
         raise ValueError(f"--size {args.size}: --model {args.model} {there_are}")
     fitting = [size for size in sizes if size != "cifar" or shape["image"] <= 64]
     chosen = dict(sizes.get(args.size or next(iter(fitting), None), {}))
-    for flag in ("layers", "width", "heads", "hidden", "patch", "norm", "context"):
+    for flag in OF_MODEL:
         if (value := getattr(args, flag)) is not None:
             if flag not in known:
                 raise ValueError(f"--{flag} {value}: is not for --model {args.model}")
             chosen[flag] = value
-    trained_so = ("label_smoothing", "checkpoint_activations")
-    return CONFIGS[args.model](**(chosen | shape), **{flag: getattr(args, flag) for flag in trained_so})
+    return CONFIGS[args.model](**(chosen | shape), **{flag: getattr(args, flag) for flag in OF_TRAINING})
 
 
-def check(args, processes, parser):
-    """Complete and check the flags; the first wrong one ends the program. Returns what they lead to:
-    (the whole model on the meta device, data, kept blocks, units, mask)."""
+def compare(args, config, saved):
+    """Raises ValueError where flags contradict the checkpoint that is to be gone on from."""
+    preset = SIZES[args.model].get(args.size, {}).items()
+    of_data = {"vocabulary": "data", "classes": "data-dir", "image": "data-dir"}
+    for field, value in chain(preset, vars(config).items()):
+        if field not in OF_TRAINING and value != (was := getattr(saved["config"], field)):
+            flag = "size" if (field, value) in preset else of_data.get(field, field)
+            raise ValueError(
+                f"--{flag} {getattr(args, flag.replace('-', '_'))}: the checkpoint {saved['path']} has a "
+                f"{field} of {was}, not {value}; leave the flag out"
+            )
+    keys = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "sgd": {"momentum_buffer"}}[args.optimizer]
+    if not all(of.keys() == keys for of in saved["optimizer"].values()) and not args.eval_only:
+        raise ValueError(f"--optimizer {args.optimizer}: {saved['path']} has the state of another optimizer")
+
+
+def check(args, processes, parser, saved=None):
+    """Complete and check the flags; the first wrong one ends the program. saved: the checkpoint to go on
+    from. Returns what they lead to: (the whole model on the meta device, data, kept blocks, units, mask)."""
     fail = parser.error
+    for flag in ("model", "data") if saved else ():
+        if (value := getattr(args, flag)) != (was := saved["flags"][flag]):
+            fail(f"--{flag} {value}: the checkpoint {saved['path']} was trained with {was}; leave it out")
+    if args.eval_only and (not saved or args.bench):
+        fail("--eval-only: needs a checkpoint, --resume FILE" + ", and no --bench" * args.bench)
+    if args.bench and args.resume is not None:
+        fail("--resume: not together with --bench, which trains nothing")
     if args.engine != "sdp" and args.mask != "none":
         fail(f"--mask {args.mask}: is for --engine sdp; --engine {args.engine} trains the dense model")
     if args.bench and args.engine != "sdp":
@@ -197,6 +264,8 @@ def check(args, processes, parser):
         load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
         shape = shape_of(args.data) or load_data().shape  # a download comes after all flags are checked
         config = make_config(args, shape)
+        if saved:
+            compare(args, config, saved)
         with torch.device("meta"):
             whole = build(config)
             kept = masks.kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
@@ -205,15 +274,18 @@ def check(args, processes, parser):
         if args.mask != "none" or args.bench:
             holders = masks.holders_per_unit(args.coverage, args.workers)
             mask = masks.assign(units, args.workers, holders, args.seed)
-        if args.out and os.environ.get("RANK", "0") == "0":
-            names = ("bench.json",) if args.bench else ("log.jsonl", "summary.json")
-            prepare_out(Path(args.out), names, args.overwrite)
+        if args.out and os.environ.get("RANK", "0") == "0" and not args.eval_only:
+            names = ("bench.json",) if args.bench else ("log.jsonl", "summary.json", LAST, BEFORE)
+            goes_on = args.resume == "" or restarted() or (saved and saved["path"].parent == Path(args.out))
+            prepare_out(Path(args.out), names, args.overwrite or goes_on)
         data = load_data()
     except (ValueError, OSError) as error:
         fail(str(error))
     updates = 20 if args.bench else 300
     updates = math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else updates
     args.steps = args.steps or updates
+    if saved and not args.eval_only and saved["step"] > args.steps:
+        fail(f"--steps {args.steps}: the checkpoint {saved['path']} has {saved['step']} already; choose more")
     if alone and unasked:
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
     elif alone and args.workers == 1:
@@ -242,7 +314,7 @@ def usable_cores():
 
 def start(args, parser):
     """Join the process group that torchrun describes, or make a group of one. Completes --device and --dtype.
-    Returns this process's device.
+    Returns (this process's device, the store that all processes can write to and read).
 
     NCCL where each local process has a GPU to itself. Otherwise gloo, because NCCL refuses to share a GPU.
     """
@@ -277,18 +349,25 @@ def start(args, parser):
     args.dtype = args.dtype or ("bfloat16" if fine else "float32")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1, however many cores there are
         torch.set_num_threads(max(1, usable_cores() // local_processes))
-    if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if dist.is_initialized():  # in a notebook, by a run that was interrupted
         dist.destroy_process_group()
+    store, rank, processes = dist.HashStore(), 0, 1
     try:
-        dist.init_process_group(timeout=timedelta(minutes=10), **options)
+        if "RANK" in os.environ:
+            store, rank, processes = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        patience = timedelta(seconds=args.timeout)
+        dist.init_process_group(store=store, rank=rank, world_size=processes, timeout=patience, **options)
     except (RuntimeError, ValueError) as error:
-        parser.error(
-            f"the processes cannot reach each other ({str(error).splitlines()[0]}); where gloo has chosen a "
-            "wrong network interface, set GLOO_SOCKET_IFNAME: on one machine to lo (Linux) or lo0 (macOS)"
+        reason, port = str(error).splitlines()[0], os.environ.get("MASTER_PORT")
+        remedy = (
+            f"port {port} is in use: set another MASTER_PORT, or torchrun's --master-port"
+            if "EADDRINUSE" in reason or "address already in use" in reason
+            else "where gloo has chosen a wrong network interface, or cannot resolve this host's name, set "
+            "GLOO_SOCKET_IFNAME: on one machine to lo (Linux) or lo0 (macOS)"
         )
-    return device
+        parser.error(f"the processes cannot reach each other ({reason}); {remedy}")
+    store.set(last_sign(rank), "0")
+    return device, store
 
 
 def leave():
@@ -375,9 +454,10 @@ class Dense:
             self.model.set_requires_gradient_sync(self.passes == 0)
 
     def rehearse(self, run):
-        if self.kind == "ddp":  # FSDP cannot without traffic
-            run(self.model)
-            self.model.zero_grad()
+        """run(model), for which others have to wait only if it is FSDP's."""
+        self.passes = self.of_step = 1
+        run(self.model)
+        self.model.zero_grad()
 
     @contextmanager
     def turn(self, worker, passes=1):
@@ -392,14 +472,16 @@ class Dense:
         model.load_state_dict(values, assign=True)
         yield model.eval().requires_grad_(False)
 
-    def step(self, lr, clip=0.0, loss=0.0):
+    def step(self, lr, clip=0.0, *numbers):
         gradients = [local(p.grad) for p in self.model.parameters()]
         wide = torch.promote_types(self.dtype, torch.float32)
         squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum().item()
-        norm = (add_up([squares])[0] if self.kind == "fsdp" else squares) ** 0.5
+        squares /= 1 if self.kind == "fsdp" else self.processes  # which have the same gradients
+        squares, *sums = add_up([squares, *numbers])
+        norm = squares**0.5
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         self.grad_bytes = sum(g.nbytes for g in gradients)
-        for pairs, optimizer in self.layers:
+        for pairs, optimizer in self.layers if np.isfinite([norm, *sums]).all() else ():
             for parameter, master in pairs:
                 master.grad = parameter.grad.to(master.dtype)
             if factor < 1:
@@ -411,7 +493,33 @@ class Dense:
                 if master is not parameter:
                     parameter.data.copy_(master)
                 master.grad = parameter.grad = None
-        return norm, add_up([loss])[0]
+        self.model.zero_grad()  # of a step that was left out
+        return norm, *sums
+
+    def state(self):
+        model, moments, names = {}, {}, {p: name for name, p in self.model.named_parameters()}
+        for pairs, optimizer in self.layers:
+            for parameter, master in pairs:
+                whole = full(master.detach()).cpu()
+                of = {key: full(tensor.detach()).cpu() for key, tensor in optimizer.state[master].items()}
+                if self.rank == 0:
+                    model[names[parameter]], moments[names[parameter]] = whole, of
+        return model, moments
+
+    @torch.no_grad()
+    def load(self, model, moments):
+        def like(whole, master):
+            whole = whole.to(self.device, copy=True)
+            sharded = isinstance(master, DTensor) and whole.dim() > 0
+            return distribute_tensor(whole, master.device_mesh, master.placements) if sharded else whole
+
+        names = {p: name for name, p in self.model.named_parameters()}
+        for pairs, optimizer in self.layers:
+            for parameter, master in pairs:
+                name = names[parameter]
+                master.copy_(like(model[name], master))
+                parameter.data.copy_(master)
+                optimizer.state[master] = {key: like(of, master) for key, of in moments.get(name, {}).items()}
 
     def costs(self):
         """As `worker_costs`. Traffic as it is by construction: a ring; or in each pass an all-gather of each
@@ -552,7 +660,82 @@ def table(per_worker, dense):
     return "\n".join(lines)
 
 
+# ---- what outlasts a run
+
+
+def write_checkpoint(folder, content):
+    """Write ckpt.pt, and keep the one before as ckpt.prev.pt: at any moment one of them is there and whole.
+    Raises OSError or RuntimeError where it cannot be written, and leaves both as they were."""
+    part, last = folder / f"{LAST}.part", folder / LAST
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError):
+        part.unlink(missing_ok=True)
+        raise
+    if last.exists():
+        last.replace(folder / BEFORE)
+    part.replace(last)
+
+
+def open_log(out, saved):
+    """log.jsonl to append to: empty, or with the steps that the checkpoint has, and none after them."""
+    path, lines = out / "log.jsonl", []
+    if saved and saved["path"].parent == out and path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        lines = [li for li in lines if li.endswith("\n") and json.loads(li)["step"] <= saved["step"]]
+    part = out / "log.jsonl.part"
+    part.write_text("".join(lines))
+    part.replace(path)
+    return path.open("a")
+
+
+@contextmanager
+def noticed(*signals):
+    """`with noticed(SIGTERM) as came:` a list to which they are added, in place of ending the program."""
+    came = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in signals}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_sign(rank):
+    """Where in the store the step is that a process is in."""
+    return f"step of rank {rank}"
+
+
+def name_the_silent(store):
+    """End this process, after a collective has failed, with a line that names who let the others wait. All
+    write their steps to the store; who has noticed the failure adds a half: so the oldest is the culprit's.
+    """
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    store.set(last_sign(rank), str(float(store.get(last_sign(rank))) + 0.5))
+    time.sleep(2)  # until the others have noticed it too
+    steps = [float(store.get(last_sign(each))) for each in range(processes)]
+    silent = [each for each, step in enumerate(steps) if step == min(steps) and step % 1 == 0]
+    if rank == steps.index(max(steps)):
+        who = f"rank {', '.join(map(str, silent))}" if silent else "a process"
+        print(
+            f"train.py: error: {who} has not answered in step {min(steps):.0f}: it has ended, was stopped, "
+            "or needed longer than --timeout; --resume goes on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    else:
+        time.sleep(1)  # torchrun ends all when the first one leaves
+    sys.exit(1)
+
+
 # ---- the run
+
+
+def number(x):
+    """For JSON, which has no infinity and no NaN."""
+    return x if math.isfinite(x) else None
 
 
 def learning_rate(step, args):
@@ -572,21 +755,27 @@ def make_optimizer(args):
     return lambda groups: torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, **adamw)
 
 
+@contextmanager
+def whole_model(engine, data, args, device):
+    """`with whole_model(...) as model:` the whole model on every process, with statistics of batch norm."""
+    training = args.bn_batches * BN_BATCH  # always the same images, cut and mirrored in the same way
+    some = (slice(i, i + BN_BATCH) for i in range(0, training, BN_BATCH))
+    some = islice(some, engine.rank, None, engine.processes)
+    with engine.whole() as model:
+        estimate_statistics(model, (data.batch(args.seed, 0, training, rows, device)[0] for rows in some))
+        yield model
+
+
 @torch.no_grad()
 def evaluate(engine, data, args, device):
     """(loss, accuracy) of the whole model on the validation data: nats per token or image, and the share of
     them for which the true one has the highest logit. Each process takes its share of the rows."""
     totals = np.zeros(3)  # losses, right answers, answers
-    training = args.bn_batches * BN_BATCH  # always the same images, cut and mirrored in the same way
-    some = (slice(i, i + BN_BATCH) for i in range(0, training, BN_BATCH))
-    some = islice(some, engine.rank, None, engine.processes)
-    of_training = (data.batch(args.seed, 0, training, rows, device)[0] for rows in some)
     own = range(engine.rank, data.tests, engine.processes)
     answers = 1 if isinstance(data, Images) else data.context  # of a row
     rows = min(args.batch_size // engine.processes, LOGITS // (answers * next(iter(data.shape.values()))))
     rows = max(1, rows)
-    with engine.whole() as model:
-        estimate_statistics(model, of_training)
+    with whole_model(engine, data, args, device) as model:
         for i in range(0, len(own), rows):
             x, y = data.validation(own[i : i + rows], device)
             logits = model(x)  # (rows, classes) or (rows, context, vocabulary)
@@ -603,76 +792,102 @@ def load_batches(data, engine, args, step, device):
     return [data.batch(args.seed, step, args.batch_size, some, device) for some in mine]
 
 
-def update(engine, batches, args, lr, costs=None):
-    """One step on [(x, y)] of this process's workers. Returns (norm of the gradient, mean loss). Fills the
-    dictionary `costs`, if it is given, with {worker: what `measured` finds}."""
+def measure(engine, config, args, device):
+    """{worker: what `measured` finds in a step}, in a rehearsal: to look on changes the last bits."""
+    rows, found = args.batch_size // args.workers // args.micro_batches, []
+
+    def run(model):
+        x, y = (tensor.to(device) for tensor in example(config, rows))
+        with measured(model.parameters) as cost:
+            model(x, y).backward()
+        found.append(cost | {"flops": cost["flops"] * args.micro_batches})
+
+    engine.rehearse(run)
+    return dict(zip(engine.workers, found))
+
+
+def update(engine, batches, args, lr, stop=0):
+    """One step on [(x, y)] of this process's workers. Returns (norm of the gradient, mean loss, `stop` summed
+    over the processes)."""
     loss_sum, passes = 0.0, args.micro_batches
     for worker, (x, y) in zip(engine.workers, batches):
         losses = []
         with engine.turn(worker, passes) as model:
             for some_x, some_y in zip(x.chunk(passes), y.chunk(passes)):
-                first = costs is not None and not losses
-                with measured(model.parameters) if first else nullcontext() as cost:
-                    loss = model(some_x, some_y)  # x: (rows, context) or (rows, 3, image, image)
-                    (loss / passes).backward()
+                loss = model(some_x, some_y)  # x: (rows, context) or (rows, 3, image, image)
+                (loss / passes).backward()
                 losses.append(loss.detach())
-                if first:
-                    costs[worker] = cost
-        if costs:
-            costs[worker]["flops"] *= passes
         loss_sum += torch.stack(losses).mean().item()
-    norm, loss_sum = engine.step(lr, args.grad_clip, loss_sum)
-    return norm, loss_sum / args.workers
+    norm, loss_sum, stop = engine.step(lr, args.grad_clip, loss_sum, stop)
+    return norm, loss_sum / args.workers, stop
 
 
-def train(engine, data, args, device, log):
-    """The loop. Writes each step to `log`, a file or None. Returns ({worker: what `measured` found in the
-    first step}, median step time in ms, final (loss, accuracy) as `evaluate` returns them)."""
+def train(engine, data, args, device, log, store, save, done=0, skipped=0):
+    """The loop, after `done` steps, of which so many were skipped. Writes each step to `log`, a file or None,
+    and to the store; calls save(step, skipped). A signal to any process stops all after the same step. Raises
+    ArithmeticError after PATIENCE skipped steps in a row. Returns (last step, skipped steps, median step time
+    in ms, (loss, accuracy) of `evaluate`)."""
     what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
-    costs, milliseconds, found = {}, [], None
-    bar = tqdm(range(1, args.steps + 1), disable=engine.rank != 0, unit="step", mininterval=0.5)
-    with ThreadPoolExecutor(1) as loader:
-        coming = loader.submit(load_batches, data, engine, args, 1, device)
+    milliseconds, found, in_a_row = [], None, 0
+    steps = range(done + 1, args.steps + 1)
+    bar = tqdm(steps, initial=done, total=args.steps, disable=engine.rank != 0, unit="step", mininterval=0.5)
+    with ThreadPoolExecutor(1) as loader, noticed(signal.SIGINT, signal.SIGTERM) as came:
+        coming = loader.submit(load_batches, data, engine, args, done + 1, device)
         for step in bar:
+            store.set(last_sign(engine.rank), str(step))
             began = time.perf_counter()
             batches = coming.result()
             coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps), device)
             lr = learning_rate(step, args)
-            norm, loss = update(engine, batches, args, lr, costs if step == 1 else None)
+            norm, loss, stop = update(engine, batches, args, lr, len(came))
             seconds = time.perf_counter() - began
 
             of_batch = batches[0][1].numel() * args.workers
             entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
             entry |= {"step_ms": 1e3 * seconds, what: step * of_batch}
             milliseconds.append(entry["step_ms"])
+            in_a_row = 0 if math.isfinite(norm + loss) else in_a_row + 1
+            if in_a_row:
+                skipped += 1
+                entry |= {"loss": None, "grad_norm": None, "skipped": skipped}
             speed = f"{of_batch / seconds:,.0f} {what}/s"
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed}", refresh=False)
             if step == args.steps or (args.eval_every and step % args.eval_every == 0):
                 found = evaluate(engine, data, args, device)
-                entry["val_loss"], entry["val_accuracy"] = found
+                entry |= {"val_loss": number(found[0]), "val_accuracy": found[1]}
                 if engine.rank == 0:
                     bar.write(
                         f"step {step}: val_loss {found[0]:.4f} nats per {each}, accuracy {found[1]:.4f}"
                     )
             if log:
                 print(json.dumps(entry), file=log, flush=True)
-    return costs, median(milliseconds), found
+            if in_a_row == PATIENCE:
+                raise ArithmeticError(
+                    f"loss or gradient were infinite or NaN in {PATIENCE} steps in a row, up to step {step}, "
+                    "and none of them was applied; --lr may be too high"
+                )
+            if stop:
+                break
+            if args.save_every and step % args.save_every == 0 and step < args.steps:
+                save(step, skipped)  # the last one is saved when all else is done
+    return step, skipped, median(milliseconds), found
 
 
-def bench(engines, data, args, device):
+def bench(engines, config, data, args, device):
     """Time the engines, {name: function that makes it}, in turns, so that drift hits all alike, on batches
     that are in memory already. Returns {name: figures}: of a step the median and quartiles, of the slowest
     process; bytes and FLOPs of the fullest worker, from two steps before, in which each engine is alone."""
     found = {}
     for name, make in engines.items():
-        engine, costs = make(), {}
+        engine = make()
+        costs = measure(engine, config, args, device)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         batches = [load_batches(data, engine, args, step, device) for step in (1, 2)]
         for batch in batches:
-            update(engine, batch, args, args.lr, None if costs else costs)
+            update(engine, batch, args, args.lr)
         own = worker_costs(engine, engine.rank, 2) | costs[engine.rank]
         del engine
         gc.collect()
@@ -721,14 +936,27 @@ def bench_table(found):
 
 
 def main(argv=None):
-    parser, args = parse(argv)
+    parser, args, saved = parse(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    whole, data, kept, units, mask = check(args, processes, parser)
-    device = start(args, parser)
-    dtype = getattr(torch, args.dtype)
-    local = {"out", "data_dir", "data_url"}  # rank 0's alone, and wherever the same data is
+    whole, data, kept, units, mask = check(args, processes, parser, saved)
+    device, store = start(args, parser)
+    try:
+        run(args, parser, saved, whole, data, kept, units, mask, device, store)
+    except ArithmeticError as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        name_the_silent(store)
+
+
+def run(args, parser, saved, whole, data, kept, units, mask, device, store):
+    """What the flags ask for, in all processes together."""
+    processes, dtype = dist.get_world_size(), getattr(torch, args.dtype)
+    local = {"out", "data_dir", "data_url", "resume"}  # rank 0's alone, and wherever the same files are
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
     facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
+    facts |= {"the checkpoint's checksum": saved and saved["checksum"], "an --out": bool(args.out)}
     agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
 
     def make(kind, mode="none"):
@@ -739,7 +967,8 @@ def main(argv=None):
         else:
             engine = Dense(kind, make_model, first, optimizer, dtype, device)
         if args.compile:  # each worker has graphs of its own, and others would wait for it in the first pull
-            x, y = (t.chunk(args.micro_batches)[0] for t in load_batches(data, engine, args, 1, device)[0])
+            rows = args.batch_size // args.workers // args.micro_batches
+            x, y = (tensor.to(device) for tensor in example(whole.config, rows))
             try:
                 engine.rehearse(lambda model: model(x, y).backward())
             except Exception as error:  # there can be anything wrong with a compiler
@@ -774,54 +1003,104 @@ def main(argv=None):
     out = Path(args.out) if args.out and dist.get_rank() == 0 else None
     if args.bench:
         modes = {f"sdp-{mode}": partial(make, "sdp", mode) for mode in masks.MODES}
-        found = bench({e: partial(make, e) for e in ("ddp", "fsdp")} | modes, data.to(device), args, device)
+        engines = {engine: partial(make, engine) for engine in ("ddp", "fsdp")} | modes
+        found = bench(engines, whole.config, data.to(device), args, device)
         if dist.get_rank() == 0:
             print(bench_table(found))
         leave()
         if out:
             (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         return
-    engine = make(args.engine, args.mask)
+    engine, done, skipped, fingerprint = make(args.engine, args.mask), 0, 0, data.fingerprint()
+    data = data.to(device)
+    if saved:
+        engine.load(saved["model"], saved["optimizer"])
+        done, skipped = saved["step"], saved["skipped"]
+        if engine.rank == 0:
+            other = "" if fingerprint == saved["fingerprint"] else "; the data is not what it was trained on"
+            print(f"after step {done} of {saved['path']}{other}", flush=True)
+    if args.eval_only or (saved and done == args.steps):
+        loss, accuracy = evaluate(engine, data, args, device)
+        leave()
+        if engine.rank == 0:
+            print(f"step {done}: val_loss {loss:.4f}, accuracy {accuracy:.4f}; there was nothing to train")
+        return
+
+    def save(step, skipped):
+        """Write a checkpoint, if there is an --out; all processes take part."""
+        if not args.out:
+            return
+        model, optimizer = engine.state()
+        if getattr(whole.config, "norm", None) == "batch":
+            with whole_model(engine, data, args, device) as trained:
+                model |= {name: buffer.cpu() for name, buffer in trained.named_buffers()}
+        problem = [None]
+        if out:
+            config = {field: value for field, value in vars(whole.config).items() if field not in OF_TRAINING}
+            content = {"format": FORMAT, "step": step, "skipped": skipped, "fingerprint": fingerprint}
+            content |= {"flags": vars(args), "config": config, "model": model, "optimizer": optimizer}
+            try:
+                os.fsync(log.fileno())
+                write_checkpoint(out, content)
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                problem = [f"--out {out}: the checkpoint of step {step} could not be written ({reason})"]
+        dist.broadcast_object_list(problem)
+        if problem[0]:
+            parser.error(problem[0])
+
     if out:
-        (out / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", *(() if saved else (LAST, BEFORE))):
+            (out / name).unlink(missing_ok=True)
+    costs = measure(engine, whole.config, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with (out / "log.jsonl").open("w") if out else nullcontext() as log:
-        costs, step_ms, (val_loss, val_accuracy) = train(engine, data.to(device), args, device, log)
-
-    own = [worker_costs(engine, worker, args.steps) | costs[worker] for worker in engine.workers]
-    of_all = [None] * processes
-    dist.all_gather_object(of_all, own)
+    with open_log(out, saved) if out else nullcontext() as log:
+        last, skipped, *found = train(engine, data, args, device, log, store, save, done, skipped)
+        if last == args.steps:
+            figures = {"params": params, "shared_params": shared, "skipped_steps": skipped}
+            summary = summarise(engine, args, whole.config, mask, figures, last - done, costs, *found)
+            if out:
+                (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        save(last, skipped)
     leave()
-    if engine.rank == 0:
-        per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
-        rows = args.batch_size // args.workers
-        dense = dense_worker(whole.config, rows, args.micro_batches, processes, args.optimizer, dtype, device)
-        print(table(per_worker, dense))
-        if args.workers > processes:
-            print(
-                f"A process plays {args.workers // processes} workers, one after another: its master, "
-                "optimizer and mean gradient serve them all; what is pushed and pulled is for one."
-            )
-        summary = {
-            "config": vars(args),
-            "model": asdict(whole.config),
-            "workers": args.workers,
-            "processes": processes,
-            "holders_per_unit": int(mask[:, 0].sum()),
-            "coverage": float(mask[:, 0].mean()),
-            "spectral_gap": masks.spectral_gap(mask),
-            "steps": args.steps,
-            "params": params,
-            "shared_params": shared,
-            "final_val_loss": val_loss,
-            "final_val_accuracy": val_accuracy,
-            "step_ms_median": step_ms,
-            "per_worker": per_worker,
-            "dense": dense,
-        }
-        if out:
-            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if engine.rank == 0 and last < args.steps:
+        print(f"stopped by a signal after step {last}" + "; --resume goes on" * bool(out))
+
+
+def summarise(engine, args, config, mask, figures, steps, costs, step_ms, found):
+    """Print the table, and return what belongs into summary.json; all processes take part. steps: how many
+    were trained now; costs, step_ms, found: from `train`."""
+    own = [worker_costs(engine, worker, steps) | costs[worker] for worker in engine.workers]
+    of_all = [None] * engine.processes
+    dist.all_gather_object(of_all, own)
+    if engine.rank > 0:
+        return None
+    per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
+    rows, kind = args.batch_size // args.workers, (args.optimizer, engine.dtype, engine.device)
+    dense = dense_worker(config, rows, args.micro_batches, engine.processes, *kind)
+    print(table(per_worker, dense))
+    if args.workers > engine.processes:
+        print(
+            f"A process plays {args.workers // engine.processes} workers, one after another: its master, "
+            "optimizer and mean gradient serve them all; what is pushed and pulled is for one."
+        )
+    return {
+        "config": vars(args),
+        "model": asdict(config),
+        "workers": args.workers,
+        "processes": engine.processes,
+        "holders_per_unit": int(mask[:, 0].sum()),
+        "coverage": float(mask[:, 0].mean()),
+        "spectral_gap": masks.spectral_gap(mask),
+        "steps": args.steps,
+        **figures,
+        "final_val_loss": number(found[0]),
+        "final_val_accuracy": found[1],
+        "step_ms_median": step_ms,
+        "per_worker": per_worker,
+        "dense": dense,
+    }
 
 
 if __name__ == "__main__":
