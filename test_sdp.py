@@ -1058,9 +1058,8 @@ def steps_of(kind, passes, config):
         x, y = batch(step, config=config)
         args = argparse.Namespace(micro_batches=passes, grad_clip=0.5, workers=n)
         mine = slice(rank * len(x) // n, (rank + 1) * len(x) // n)
-        costs = {} if step == 0 else None
         with Gathered() as gathered:
-            norm, loss = train.update(engine, [(x[mine], y[mine])], args, 1e-2, costs)
+            norm, loss, _ = train.update(engine, [(x[mine], y[mine])], args, 1e-2)
         dense_loss = dense(x, y)
         dense_loss.backward()
         dense_norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.5)
