@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -829,9 +830,12 @@ def train(engine, data, args, device, log, store, save, done=0, skipped=0):
     in ms, (loss, accuracy) of `evaluate`)."""
     what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
     milliseconds, found, in_a_row = [], None, 0
-    steps = range(done + 1, args.steps + 1)
-    bar = tqdm(steps, initial=done, total=args.steps, disable=engine.rank != 0, unit="step", mininterval=0.5)
-    with ThreadPoolExecutor(1) as loader, noticed(signal.SIGINT, signal.SIGTERM) as came:
+    steps, quiet = range(done + 1, args.steps + 1), engine.rank != 0
+    with (
+        ThreadPoolExecutor(1) as loader,
+        noticed(signal.SIGINT, signal.SIGTERM) as came,
+        tqdm(steps, initial=done, total=args.steps, disable=quiet, unit="step", mininterval=0.5) as bar,
+    ):
         coming = loader.submit(load_batches, data, engine, args, done + 1, device)
         for step in bar:
             store.set(last_sign(engine.rank), str(step))
@@ -942,7 +946,7 @@ def main(argv=None):
     device, store = start(args, parser)
     try:
         run(args, parser, saved, whole, data, kept, units, mask, device, store)
-    except ArithmeticError as error:
+    except (ArithmeticError, OSError) as error:
         parser.error(str(error))
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
@@ -1044,10 +1048,11 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
                 write_checkpoint(out, content)
             except (OSError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
-                problem = [f"--out {out}: the checkpoint of step {step} could not be written ({reason})"]
+                free = f"{shutil.disk_usage(out).free / 1e6:,.0f} MB are free there"
+                problem = [f"--out {out}: step {step} could not be saved, {free} ({reason})"]
         dist.broadcast_object_list(problem)
         if problem[0]:
-            parser.error(problem[0])
+            raise OSError(problem[0])
 
     if out:
         for name in ("summary.json", *(() if saved else (LAST, BEFORE))):
