@@ -366,8 +366,9 @@ def unpack(source, archive, folder):
             raise ValueError(f"{archive}: cannot be unpacked to {folder} ({error})") from None
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and plain containers, and can call nothing else that a pickle may name."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads arrays and plain containers, and can call nothing else that a pickle may name. The one in Python:
+    the one in C makes as much room for its memo as a damaged file asks for, gigabytes."""
 
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):

@@ -9,6 +9,7 @@ Reads like the project: masks, model, engine, the command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import socket
@@ -29,6 +31,8 @@ import threading
 import time
 import tracemalloc
 import weakref
+import zipfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
@@ -44,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import masks
-import model
+import model as models
 import train
 from data import Images, Text, python_text
 from masks import Unit, assign, holders_per_unit, spectral_gap
@@ -440,12 +444,12 @@ def test_model_of_images_takes_the_mean_over_patches():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_model_cross_entropy_in_chunks(monkeypatch, smoothing):
     """Loss and gradients are those of all logits at once, which are never there at once."""
-    monkeypatch.setattr(model, "LOGITS", 4 * 50)  # four rows of logits at a time, of ten
+    monkeypatch.setattr(models, "LOGITS", 4 * 50)  # four rows of logits at a time, of ten
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 50, (2, 5))
     with train.measured(lambda: [weight]) as cost:
-        loss = model.cross_entropy_of(x, weight, targets, smoothing)
+        loss = models.cross_entropy_of(x, weight, targets, smoothing)
         found = torch.autograd.grad(loss, (x, weight))
     assert cost["activation_bytes"] < 8 * 10 * 50
     logits = (x @ weight.T).flatten(0, 1)
@@ -536,7 +540,7 @@ def statistics_of_a_constant():
 def statistics_of_constants():
     """Of channels that never change: mean of squares less square of the mean can come out below zero."""
     constants = torch.linspace(0.1, 10, 200, dtype=torch.float64).view(1, 200, 1, 1)
-    norm = torch.nn.Sequential(model.BatchNorm(200)).double()
+    norm = torch.nn.Sequential(models.BatchNorm(200)).double()
     estimate_statistics(norm, [constants.expand(3, 200, 2, 2)] * 7)
     assert norm[0].running_var.min() == 0 and norm[0].running_var.max() < 1e-12
 
@@ -1946,3 +1950,579 @@ def test_flags_that_differ_between_processes():
         for process in ranks:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+
+# ---- checkpoints
+
+
+def read_log(out):
+    """The steps of a run, without their times."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "step_ms"} for entry in entries]
+
+
+def assert_same_checkpoint(found, expected):
+    """Bit for bit, by name, but for the flags."""
+    found, expected = (torch.load(path, weights_only=True) for path in (found, expected))
+    assert found["step"] == expected["step"] and found["config"] == expected["config"]
+    assert found["model"].keys() == expected["model"].keys()
+    assert found["optimizer"].keys() == expected["optimizer"].keys()
+    for name, tensor in expected["model"].items():
+        assert torch.equal(found["model"][name], tensor), name
+    for name, state in expected["optimizer"].items():
+        assert state and found["optimizer"][name].keys() == state.keys()
+        assert all(torch.equal(found["optimizer"][name][key], state[key]) for key in state), name
+
+
+@pytest.mark.parametrize("model, dtype", [("gpt", "float32"), ("gpt", "bfloat16"), ("resnet18", "float32")])
+def test_resume_is_bit_for_bit(monkeypatch, tmp_path, small_cifar, model, dtype):
+    """From the checkpoint before the last, with a line in the log that was never finished."""
+    images = f"--model resnet18 --width 8 --batch-size 8 --bn-batches 1 --data-dir {small_cifar[1]}".split()
+    flags = ["--mask", "backward", "--units", "neuron", "--dtype", dtype, "--steps", "6"]
+    flags += ["--save-every", "2", "--eval-every", "3", "--out"]
+    at_once, later, options = tmp_path / "a", tmp_path / "b", {"tiny": images if model != "gpt" else TINY}
+    in_process(monkeypatch, *flags, str(at_once), **options)
+    shutil.copytree(at_once, later)
+    (later / "ckpt.pt").unlink()
+    with (later / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    in_process(monkeypatch, *flags, str(later), "--resume", **options)
+    assert torch.load(later / "ckpt.prev.pt", weights_only=True)["step"] == 4
+    assert_same_checkpoint(later / "ckpt.pt", at_once / "ckpt.pt")
+    assert [entry["step"] for entry in read_log(later)] == [1, 2, 3, 4, 5, 6]
+    assert read_log(later) == read_log(at_once)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (at_once, later)]
+    for key in ("final_val_loss", "per_worker"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+def state_on_file(kind, mode, units, path, save):
+    """Save what an engine has after three steps; or load it into another one, which must then have it too,
+    and go on."""
+    n = dist.get_world_size()
+    engine = make_engine(mode, units, 4) if kind == "sdp" else make_any(kind, SMALL, torch.float64)
+    steps = range(3) if save else range(3, 5)
+    if not save:
+        engine.load(*torch.load(path, mmap=True, weights_only=True))
+        state = engine.state()
+        if dist.get_rank() == 0:
+            expected = torch.load(path, weights_only=True)
+            assert_close(state[0], expected[0], 0)
+            assert state[1].keys() == expected[1].keys()
+            for name, of in expected[1].items():
+                assert of.keys() == {"exp_avg", "exp_avg_sq", "step"}
+                assert_close(state[1][name], of, 0)
+    for step in steps:
+        for worker in engine.workers:
+            with engine.turn(worker) as model:
+                x, y = (
+                    batch(step, worker)
+                    if len(engine.workers) * n == 4
+                    else (t[worker::n] for t in batch(step))
+                )
+                model(x, y).backward()
+        engine.step(1e-2, 1.0)
+    if save:
+        state = engine.state()
+        assert dist.get_rank() == 0 or state == ({}, {})
+        if dist.get_rank() == 0:
+            torch.save(state, path)
+    return whole_values(engine)
+
+
+@pytest.mark.parametrize("saver", [2, 4])
+def test_resume_on_other_processes_and_masks(in_processes, tmp_path, saver):
+    path = tmp_path / "state"
+    in_processes(saver, state_on_file, "sdp", "backward", "block", path, True)
+    results = [
+        in_processes(n, state_on_file, kind, mode, units, path, False)[0]
+        for n, kind, mode, units in (
+            (1, "sdp", "none", "block"), (4, "sdp", "none", "neuron"), (2, "ddp", None, None),
+            *([(2, "fsdp", None, None)] if fsdp_on_cpu else []),
+        )
+    ]  # fmt: skip
+    for result in results:  # all are data parallelism, and see the same rows
+        assert_close(result, results[0], 1e-10)
+    for n, mode, units in ((1, "forward", "neuron"), (4, "forward", "block"), (2, "backward", "neuron")):
+        in_processes(n, state_on_file, "sdp", mode, units, path, False)
+
+
+def test_resume_begins_where_there_is_nothing(monkeypatch, capsys, tmp_path):
+    flags = ["--steps", "2", "--out", str(tmp_path / "run")]
+    in_process(monkeypatch, *flags, "--resume")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert {path.name for path in before} == {"ckpt.pt", "log.jsonl", "summary.json"}
+    capsys.readouterr()
+    in_process(monkeypatch, *flags, "--resume")  # nothing is left to be done, and nothing changes
+    assert "nothing to train" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as of a process that torchrun has started again
+    in_process(monkeypatch, "--steps", "3", "--out", str(tmp_path / "run"))
+    assert "after step 2" in capsys.readouterr().out
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A small run of the GPT, with a checkpoint of step 2 and one of step 3."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, "--steps", "3", "--save-every", "2", "--out", str(out))
+    return out
+
+
+@pytest.mark.parametrize("model", ["gpt", "vit", "resnet18"])
+def test_checkpoint_holds_the_whole_model(monkeypatch, capsys, tmp_path, trained, small_cifar, model):
+    """Exported, and read by the dense model alone, it has the loss that was logged; so has --eval-only."""
+    out, flags = trained, []
+    if model != "gpt":
+        out, flags = tmp_path, f"--model {model} --bn-batches 1 --data-dir {small_cifar[1]}".split()
+        flags += {"vit": "--layers 2 --width 32 --hidden 32".split(), "resnet18": ["--width", "8"]}[model]
+        in_process(monkeypatch, *flags, "--batch-size", "8", "--steps", "2", "--out", str(out), tiny=())
+    summary = json.loads((out / "summary.json").read_text())
+    run_main(monkeypatch, "model", "export", out / "ckpt.pt", tmp_path / "weights")
+    fields = {field: value for field, value in summary["model"].items()}
+    dense = build(models.CONFIGS[model](**fields))
+    dense.load_state_dict(torch.load(tmp_path / "weights", weights_only=True), strict=True)
+    flags = summary["config"]
+    tests = flags["eval_batches"] * flags["batch_size"]
+    x, y = data.load(flags["data"], flags["data_dir"], None, 32, tests).validation(slice(None))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(dense.eval()(x).flatten(0, -2), y.flatten()).item()
+    assert loss == pytest.approx(summary["final_val_loss"], abs=1e-5)
+    capsys.readouterr()
+    few = f"--eval-only --eval-batches 2 --batch-size 8 --bn-batches 1 --resume {out / 'ckpt.pt'}"
+    in_process(monkeypatch, *few.split(), tiny=())
+    assert f"val_loss {summary['final_val_loss']:.4f}" in capsys.readouterr().out
+
+
+def run_main(monkeypatch, program, *arguments):
+    """A command's main() in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+    {"model": models, "masks": masks, "data": data}[program].main()
+
+
+def test_model_samples_what_is_likely(monkeypatch, capsys, trained):
+    run_main(monkeypatch, "model", "sample", trained / "ckpt.pt", "--prompt", "import", "--tokens", 40)
+    first = capsys.readouterr().out
+    run_main(monkeypatch, "model", "sample", trained / "ckpt.pt", "--prompt", "import", "--tokens", 40)
+    assert first == capsys.readouterr().out and first.startswith("import")
+    dense = models.load_model(trained / "ckpt.pt")
+    tokens = list(b"import")
+    for found in models.sample(dense, tokens, 40, temperature=0, seed=0):
+        likely = dense(torch.tensor([tokens])[:, -32:]).argmax(-1)[0, -1].item()  # 32: TINY's --context
+        assert found == likely
+        tokens.append(likely)
+
+
+def test_model_exports_a_llama(monkeypatch, tmp_path, trained):
+    transformers = pytest.importorskip("transformers")
+    run_main(monkeypatch, "model", "export-hf", trained / "ckpt.pt", tmp_path / "llama")
+    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").double()
+    dense = models.load_model(trained / "ckpt.pt").double()
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32)))
+    with torch.no_grad():
+        torch.testing.assert_close(llama(x).logits, dense(x), rtol=1e-5, atol=1e-5)  # rotations in float32
+
+
+class Evil:
+    """What would write a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def repacked(path, change, compression=zipfile.ZIP_STORED):
+    """A checkpoint's bytes with a changed pickle in it, and the right checksums."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(result, "w", compression) as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            new.writestr(entry.filename, change(content) if entry.filename.endswith("data.pkl") else content)
+    return result.getvalue()
+
+
+def foreign(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+BAD_CHECKPOINTS = {
+    "truncated": lambda good, _: good[: len(good) // 2],
+    "empty": lambda *_: b"",
+    "text": lambda *_: b"step,loss\n1,2\n",
+    "a byte": lambda good, _: flipped(good, len(good) // 2),
+    "its first byte": lambda good, _: flipped(good, 0),
+    "weights alone": lambda *_: foreign({"w": torch.zeros(3)}),
+    "no dictionary": lambda *_: foreign([1, 2]),
+    "a later format": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"format": 2}),
+    "another shape": lambda good, _: foreign(
+        torch.load(io.BytesIO(good)) | {"model": {"head.weight": torch.zeros(2, 2)}}
+    ),
+    "a class": lambda _, path: foreign(Evil(path)),
+    "a class among the rest": lambda good, path: foreign(torch.load(io.BytesIO(good)) | {"step": Evil(path)}),
+}
+
+
+@pytest.mark.parametrize("damage", [*BAD_CHECKPOINTS, "compressed", "missing"])
+def test_bad_checkpoints_end_with_one_line(monkeypatch, capsys, tmp_path, trained, damage):
+    path, good = tmp_path / "ckpt.pt", (trained / "ckpt.pt").read_bytes()
+    if damage == "compressed":
+        path.write_bytes(repacked(trained / "ckpt.pt", bytes, zipfile.ZIP_DEFLATED))
+    elif damage != "missing":
+        path.write_bytes(BAD_CHECKPOINTS[damage](good, tmp_path / "evil"))
+    for command in ("train", "model"):
+        with pytest.raises(SystemExit) as stop:
+            if command == "train":
+                in_process(monkeypatch, "--resume", str(path))
+            else:
+                run_main(monkeypatch, "model", "export", path, tmp_path / "out")
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(path) in line and len(line) < 400, line
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "out").exists()
+
+
+BAD_RESUMES = [  # flags, what the one line must say
+    ("--resume CKPT --width 64", ("--width 64", "32")),
+    ("--resume CKPT --size 10m", ("--size 10m", "checkpoint")),
+    ("--resume CKPT --context 64", ("--context 64", "32")),
+    ("--resume CKPT --model vit", ("--model vit", "gpt")),
+    ("--resume CKPT --data fineweb", ("--data fineweb", "python")),
+    ("--resume CKPT --optimizer sgd", ("--optimizer sgd", "another optimizer")),
+    ("--resume CKPT --steps 2", ("--steps 2", "has 3 already")),
+    ("--resume CKPT --bench", ("--resume", "--bench")),
+    ("--resume CKPT --eval-only --bench", ("--eval-only", "--bench")),
+    ("--resume CKPT --steps 5 --out RUN/other", ("--out", "--overwrite")),
+    ("--resume", ("--resume", "--out")),
+    ("--eval-only", ("--eval-only", "--resume FILE")),
+    ("--eval-only --resume --out EMPTY", ("--eval-only", "--resume FILE")),
+]
+
+
+@pytest.mark.parametrize("flags, says", BAD_RESUMES, ids=[bad[0] for bad in BAD_RESUMES])
+def test_bad_resumes_end_with_one_line(monkeypatch, capsys, tmp_path, trained, flags, says):
+    shutil.copytree(trained, tmp_path / "other")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    flags = flags.replace("CKPT", str(trained / "ckpt.pt")).replace("RUN", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *flags.replace("EMPTY", str(tmp_path / "empty")).split(), tiny=())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in says), line
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def mutations(good, number, rng):
+    """Copies of a file's bytes with what happens to files: cut off, bytes changed, blocks lost or doubled."""
+    for _ in range(number):
+        content, (a, b) = bytearray(good), np.sort(rng.integers(0, len(good), 2))
+        match rng.integers(5):
+            case 0:
+                content = content[:a]
+            case 1:
+                content[a : a + 4] = rng.bytes(4)
+            case 2:
+                del content[a:b]
+            case 3:
+                content[a:a] = content[a:b]
+            case 4:  # where headers and pickles have their numbers and names
+                for place in rng.integers(0, min(len(good), 300), 3):
+                    content[place] = rng.integers(256)
+        yield bytes(content)
+
+
+def read_mutated(folder, shard, batch_file, checkpoint, number):
+    """How often each reader accepted a mutated file, and by how many bytes the memory grew meanwhile."""
+    rng, path, accepted = np.random.default_rng(0), Path(folder) / "mutated", Counter()
+    pickle_in = zipfile.ZipFile(checkpoint).read(
+        next(n for n in zipfile.ZipFile(checkpoint).namelist() if n.endswith("data.pkl"))
+    )
+    packed = (repacked(checkpoint, lambda _, new=new: new) for new in mutations(pickle_in, number, rng))
+    read_cifar = functools.partial(data.read_cifar, source=data.CIFAR["cifar10"])
+    of_shard, of_cifar, of_checkpoint = (
+        mutations(Path(file).read_bytes(), number, rng) for file in (shard, batch_file, checkpoint)
+    )
+    readers = [(data.read_shard, of_shard), (read_cifar, of_cifar)]
+    readers += [(models.read_checkpoint, of_checkpoint), (models.read_checkpoint, packed)]
+    models.read_checkpoint(checkpoint)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    huge_memo = b"\x80\x02}r" + (2**28).to_bytes(4, "little") + b"."
+    for which, (read, contents) in enumerate(readers):
+        for content in (huge_memo, *contents):
+            path.write_bytes(content)
+            try:
+                read(path)
+                accepted[which] += 1
+            except ValueError as error:
+                assert "\n" not in str(error) and str(path) in str(error), error
+    return accepted, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_readers_survive_mutated_files(tmp_path, trained, small_cifar):
+    """200 files for each reader, in a process of its own: a ValueError in one line or the content, in little
+    memory, and no hang."""
+    shard(tmp_path / "x_train_000001.bin", np.arange(3000) % 50257)
+    files = [
+        tmp_path / "x_train_000001.bin",
+        Path(small_cifar[1], data.CIFAR["cifar10"].folder, "data_batch_1"),
+        trained / "ckpt.pt",
+    ]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        accepted, grown = pool.submit(read_mutated, str(tmp_path), *map(str, files), 200).result(timeout=300)
+    assert accepted[2] < 30, "damaged archives were read"
+    assert grown < 50e6
+
+
+# ---- faults, with real processes
+
+TRIALS = range(20 if "SLOW" in os.environ else 3)
+RUN = [*TINY, "--mask", "forward", "--steps", "200", "--save-every", "20", "--eval-every", "50"]
+
+
+class Launched:
+    """torchrun, or python alone where n is 0, in the background, with its workers."""
+
+    def __init__(self, tmp_path, n, *flags, torchrun_flags=()):
+        self.mark, self.said = f"{tmp_path}-{time.time()}", tmp_path / f"said-{time.time()}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        command = [*command, *torchrun_flags] if n else [sys.executable]
+        with self.said.open("w") as said:
+            options = {"cwd": HERE, "env": clean_environment(MARK=self.mark), "stdout": said, "stderr": said}
+            self.process = subprocess.Popen([*command, "train.py", *flags], **options)
+
+    def workers(self):
+        """{rank: process id} of those that run now."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                pairs = dict(pair.split("=", 1) for pair in entry.read_text().split("\0") if "=" in pair)
+                if pairs.get("MARK") == self.mark and "RANK" in pairs:
+                    found[int(pairs["RANK"])] = int(entry.parent.name)
+        return found
+
+    def signal(self, rank, number):
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            os.kill(self.workers()[rank], number)
+
+    def wait_for(self, condition, seconds=90):
+        end = time.time() + seconds
+        while not condition():
+            assert time.time() < end and self.process.poll() is None, self.text()
+            time.sleep(0.002)
+
+    def text(self):
+        return self.said.read_text()
+
+    def finish(self, seconds=120):
+        """The exit code, when all is over; in any case nothing is left running."""
+        try:
+            code = self.process.wait(seconds)
+            assert not self.workers(), "workers were left running"
+            return code
+        finally:
+            self.process.kill()
+            for process in self.workers().values():
+                os.kill(process, signal.SIGKILL)
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"
+)
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    run = Launched(out, 2, *RUN, "--out", str(out / "run"))
+    assert run.finish() == 0, run.text()
+    return out / "run"
+
+
+@needs_proc
+@pytest.mark.parametrize("trial", TRIALS)
+def test_fault_a_worker_is_killed(tmp_path, undisturbed, trial):
+    """At a random moment, before the first step or after; torchrun starts all of them again."""
+    rng, out = np.random.default_rng([trial, 1]), tmp_path / "run"
+    run = Launched(tmp_path, 2, *RUN, "--out", str(out), torchrun_flags=["--max-restarts", "3"])
+    step, rank = int(rng.integers(-20, 200)), int(rng.integers(2))
+    run.wait_for(lambda: len(run.workers()) == 2)
+    if step < 0:
+        time.sleep(rng.uniform(0, 4))
+    else:
+        run.wait_for(lambda: lines(out / "log.jsonl") >= step)
+        time.sleep(rng.uniform(0, 0.02))
+    run.signal(rank, signal.SIGKILL)
+    assert run.finish() == 0, run.text()
+    assert_same_checkpoint(out / "ckpt.pt", undisturbed / "ckpt.pt")
+    assert read_log(out) == read_log(undisturbed)
+    summaries = [json.loads((each / "summary.json").read_text()) for each in (out, undisturbed)]
+    assert summaries[0]["final_val_loss"] == summaries[1]["final_val_loss"]
+
+
+@needs_proc
+@pytest.mark.parametrize("trial", TRIALS)
+def test_fault_all_are_killed_while_a_checkpoint_is_written(tmp_path, trial):
+    rng, out = np.random.default_rng([trial, 2]), tmp_path / "run"
+    flags = [*TINY, "--workers", "1", "--steps", "10000", "--save-every", "1", "--eval-every", "0"]
+    run = Launched(tmp_path, 0, *flags, "--width", "512", "--out", str(out))
+    wait_until = rng.integers(1, 6)
+    run.wait_for(lambda: lines(out / "log.jsonl") > wait_until and (out / "ckpt.pt.part").exists())
+    time.sleep(rng.uniform(0, 0.06))
+    run.process.kill()
+    run.process.wait()
+    left = [out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()]
+    assert left
+    steps = [models.read_checkpoint(path)["step"] for path in left]  # neither is ever broken
+    logged = lines(out / "log.jsonl")
+    assert steps == list(range(steps[0], steps[0] - len(steps), -1)) and logged - 2 <= steps[0] <= logged
+    args = argparse.Namespace(resume="", out=str(out))
+    assert train.checkpoint_to_resume(args) == left[0]
+
+
+@needs_proc
+def test_fault_a_worker_stalls(tmp_path):
+    """The others end after --timeout, with a line that names it."""
+    run = Launched(tmp_path, 3, *TINY, "--batch-size", "9", "--steps", "100000", "--timeout", "3")
+    try:
+        run.wait_for(lambda: "3/100000" in run.text().replace("\r", "\n"))
+        run.signal(1, signal.SIGSTOP)
+        run.wait_for(lambda: "rank 1 has not answered in step" in run.text(), seconds=30)
+    finally:
+        run.signal(1, signal.SIGKILL)
+        code = run.finish()
+    assert code == 1 and run.text().count("has not answered") == 1
+    assert 'train.py", line' not in run.text().split("Root Cause")[0]
+
+
+@needs_proc
+@pytest.mark.parametrize("whom", ["a worker", "torchrun"])
+def test_fault_preemption(tmp_path, undisturbed, whom):
+    """SIGTERM to one worker, or to torchrun, which passes it on: all stop after the same step and save it."""
+    out = tmp_path / "run"
+    run = Launched(tmp_path, 2, *RUN, "--out", str(out))
+    run.wait_for(lambda: lines(out / "log.jsonl") >= 30)
+    if whom == "torchrun":
+        run.process.terminate()
+    else:
+        run.signal(1, signal.SIGTERM)
+    assert run.finish() == (1 if whom == "torchrun" else 0), run.text()  # torchrun's own code
+    assert "stopped by a signal after step" in run.text()
+    last = read_log(out)[-1]["step"]
+    assert 30 <= last < 200 and torch.load(out / "ckpt.pt", weights_only=True)["step"] == last
+    assert not (out / "summary.json").exists()
+    run = Launched(tmp_path, 2, *RUN, "--out", str(out), "--resume")
+    assert run.finish() == 0, run.text()
+    assert_same_checkpoint(out / "ckpt.pt", undisturbed / "ckpt.pt")
+    assert read_log(out) == read_log(undisturbed)
+
+
+def test_fault_the_disk_is_full(monkeypatch, capsys, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            in_process(monkeypatch, "--steps", "9", "--save-every", "3", "--width", "64", "--out", str(small))
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "step 6 could not be saved" in line and "MB are free" in line
+        assert models.read_checkpoint(small / "ckpt.pt")["step"] == 3
+        assert sorted(path.name for path in small.iterdir()) == ["ckpt.pt", "log.jsonl"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def a_step_that_is_not_finite(kind, bad):
+    """Rank 1's loss is infinite in the second of three steps: nobody applies it, and the third is as if it
+    had not been."""
+
+    def train_with(losses):
+        engine = make_any(kind, SMALL, torch.float64)
+        for step, scale in losses:
+            rank = dist.get_rank()
+            args = argparse.Namespace(micro_batches=1, grad_clip=1.0, workers=2)
+            made = (
+                engine.model.register_forward_hook
+                if kind != "sdp"
+                else engine.workers[rank].model.register_forward_hook
+            )
+            hook = made(lambda module, inputs, loss: loss * (scale if rank == 1 else 1))
+            norm, loss, _ = train.update(engine, [batch(step, rank)], args, 1e-2)
+            hook.remove()
+            assert np.isfinite(norm + loss) == (scale == 1)
+        return engine.state()
+
+    found, expected = train_with([(0, 1), (1, bad), (2, 1)]), train_with([(0, 1), (2, 1)])
+    if dist.get_rank() == 0:
+        assert_close(found[0], expected[0], 0)
+        for name, of in expected[1].items():
+            assert_close(found[1][name], of, 0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", engines)
+def test_fault_a_step_that_is_not_finite(in_processes, kind, bad):
+    in_processes(2, a_step_that_is_not_finite, kind, bad)
+
+
+def test_fault_ten_such_steps_end_the_run(monkeypatch, capsys, tmp_path):
+    flags = "--steps 50 --lr 1e30 --grad-clip 0 --warmup 0 --save-every 1 --eval-every 5".split()
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *flags, "--out", str(tmp_path))
+    assert stop.value.code == 2 and "10 steps in a row" in capsys.readouterr().err.splitlines()[-1]
+    log = read_log(tmp_path)
+    assert [entry.get("skipped") for entry in log] == [None, *range(1, 11)]
+    assert log[-1]["loss"] is None and "NaN" not in (tmp_path / "log.jsonl").read_text()
+    saved = models.read_checkpoint(tmp_path / "ckpt.pt")
+    assert saved["step"] == 10 and saved["skipped"] == 9
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_fault_the_network(monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for port, interface, says in (
+            (taken.getsockname()[1], "lo", "MASTER_PORT"),
+            (free_port(), "no0", "GLOO_SOCKET_IFNAME"),
+        ):
+            monkeypatch.setenv("MASTER_PORT", str(port))
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+            args = train.parse([*TINY, "--timeout", "5"])[1]
+            monkeypatch.setenv("RANK", "0")
+            monkeypatch.setenv("WORLD_SIZE", "1")
+            with pytest.raises(SystemExit) as stop:
+                train.start(args, train.make_parser())
+            (line,) = capsys.readouterr().err.splitlines()
+            assert stop.value.code == 2 and says in line and "set" in line, line
+
+
+def what_differs(name):
+    said = []
+    facts = {"--lr": 0.1, "torch's version": "2.13.0", "the data's checksum": 1, "--out": None}
+    if dist.get_rank() == 1:
+        facts[name] = 7
+    train.agree(facts, argparse.Namespace(error=said.append))
+    return said
+
+
+@pytest.mark.parametrize("name", ["--lr", "torch's version", "the data's checksum"])
+def test_fault_machines_that_differ(in_processes, name):
+    for said in in_processes(2, what_differs, name):
+        assert len(said) == 1 and name in said[0] and "7 on rank 1" in said[0]
