@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -356,6 +357,7 @@ def start(args, parser):
     try:
         if "RANK" in os.environ:
             store, rank, processes = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+            store = without_the_past(store, rank, processes)
         patience = timedelta(seconds=args.timeout)
         dist.init_process_group(store=store, rank=rank, world_size=processes, timeout=patience, **options)
     except (RuntimeError, ValueError) as error:
@@ -369,6 +371,26 @@ def start(args, parser):
         parser.error(f"the processes cannot reach each other ({reason}); {remedy}")
     store.set(last_sign(rank), "0")
     return device, store
+
+
+def without_the_past(store, rank, processes):
+    """A part of the store that is new. torchrun's stays the same when it starts its processes again, and one
+    that is quick would find the addresses of those that are gone. So each shows that it is there now, by a
+    random word; rank 0 lists the words until all have found theirs; and its own names the new part."""
+    word = uuid.uuid4().hex
+    store.set(f"word of rank {rank}", word)
+    while True:
+        if rank == 0:
+            words = [store.get(f"word of rank {each}").decode() for each in range(processes)]
+            store.set("words", " ".join(words))
+        words = store.get("words").decode().split()
+        if word in words:
+            store.set(f"rank {rank} follows", words[0])
+            if rank > 0 or all(
+                store.get(f"rank {each} follows").decode() == word for each in range(processes)
+            ):
+                return dist.PrefixStore(words[0], store)
+        time.sleep(0.02)
 
 
 def leave():
