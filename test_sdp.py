@@ -1258,6 +1258,8 @@ def gradients_that_arrive(mode, kind, same_batch, config):
 @pytest.mark.parametrize("mode, kind", SCHEMES)
 @each_model
 def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, same_batch, config):
+    if config != SMALL and (same_batch or (mode, kind) not in (("backward", "block"), ("forward", "neuron"))):
+        pytest.skip("these two schemes suffice for images")
     in_processes(4, gradients_that_arrive, mode, kind, same_batch, config)
     if config == SMALL:
         in_processes(2, gradients_that_arrive, mode, kind, same_batch, config)
@@ -1563,7 +1565,9 @@ PER_WORKER = {"worker", "held_params", "weight_bytes", "grad_bytes", "optimizer_
 PER_WORKER |= {"peak_bytes", "flops", "push_bytes", "pull_bytes"}
 
 
-@pytest.mark.parametrize("mask, kind", list(product(masks.MODES, ("block", "neuron"))))
+@pytest.mark.parametrize(
+    "mask, kind", [("none", "block"), ("backward", "neuron"), ("forward", "block"), ("forward", "neuron")]
+)
 def test_train_under_torchrun(tmp_path, mask, kind):
     """The default model for a few steps: files, costs against the dense column, no warnings of our making."""
     flags = ["--mask", mask, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]
@@ -1622,8 +1626,7 @@ def small_cifar(tmp_path):
 
 @pytest.mark.parametrize(
     "model, kind, mask",
-    [("resnet18", "block", "none"), ("resnet18", "neuron", "backward"), ("resnet18", "block", "forward")]
-    + [("vit", "block", "none"), ("vit", "neuron", "forward")],
+    [("resnet18", "neuron", "backward"), ("resnet18", "block", "forward"), ("vit", "neuron", "forward")],
 )
 def test_train_on_images_under_torchrun(tmp_path, small_cifar, model, kind, mask):
     width = {"resnet18": "8", "vit": "32"}[model]
@@ -1780,8 +1783,7 @@ def test_train_with_other_engines(tmp_path, small_cifar, engine):
     for worker in summary["per_worker"]:
         assert worker.keys() == dense.keys() == PER_WORKER
         assert worker["flops"] == dense["flops"]
-        # the rows of a micro-batch are views of a larger tensor
-        assert worker["activation_bytes"] == pytest.approx(dense["activation_bytes"], rel=0.1)
+        assert worker["activation_bytes"] == dense["activation_bytes"]
 
 
 @needs_fsdp
@@ -1809,16 +1811,16 @@ def test_bench(tmp_path):
 
 
 def test_learning_rate():
-    _, args = train.parse(["--steps", "100", "--warmup", "10", "--lr", "1"])
+    _, args, _ = train.parse(["--steps", "100", "--warmup", "10", "--lr", "1"])
     rates = [train.learning_rate(step, args) for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
-    _, args = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"])
+    _, args, _ = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"])
     assert train.learning_rate(1, args) > 0
 
 
 def test_sgd_has_nesterov_momentum():
-    _, args = train.parse(["--model", "resnet18", "--lr", "0.1", "--weight-decay", "0"])
+    _, args, _ = train.parse(["--model", "resnet18", "--lr", "0.1", "--weight-decay", "0"])
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = train.make_optimizer(args)([{"params": [parameter]}])
     for _ in range(2):
@@ -1889,6 +1891,16 @@ BAD = [  # flags, processes, what the one line must say
     ("--data fineweb --data-dir /nowhere", 1, ("--data-dir /nowhere", "data.py fineweb --shards")),
     ("--model vit --data fineweb --data-dir HERE", 1, ("no *_train_*.bin",)),
     ("--bn-batches 0", 1, ("--bn-batches", "at least 1")),
+    ("--weight-decay -0.1", 1, ("--weight-decay", "at least 0")),
+    ("--eval-every often", 1, ("--eval-every", "whole number")),
+    ("--eval-batches 0", 1, ("--eval-batches", "at least 1")),
+    ("--save-every -1", 1, ("--save-every", "at least 0")),
+    ("--timeout 0", 1, ("--timeout", "at least 1")),
+    ("--heads 3", 1, ("--width 128", "multiple of 6")),
+    ("--layers 1.5", 1, ("--layers", "whole number")),
+    ("--model vit --data cifar10 --data-dir /dev/null/x --data-url no", 1, ("--data-dir /dev/null/x",)),
+    ("--overwrite=yes", 1, ("--overwrite", "yes")),
+    ("anything", 1, ("anything",)),
     ("--model resnet18 --data imagenet --data-dir /nowhere", 1, ("--data-dir /nowhere", "data.py imagenet")),
     ("--out /dev/null/x", 1, ("--out /dev/null/x", "cannot be written")),
 ]
@@ -1915,21 +1927,6 @@ def test_out_is_not_overwritten_unasked(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == before
     in_process(monkeypatch, "--steps", "2", "--out", str(tmp_path), "--overwrite")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_bad_flags_as_real_commands():
-    for program in ("train.py", "masks.py"):
-        command = [sys.executable, program, "--coverage", "0"]
-        alone = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=clean_environment())
-        assert (
-            alone.returncode == 2 and len(alone.stderr.splitlines()) == 1 and "--coverage 0" in alone.stderr
-        )
-    together = torchrun(2, "--coverage", "0")
-    assert together.returncode == 1  # torchrun's own
-    assert (
-        together.stderr.count("error: --coverage 0") == 1
-        and "Traceback" not in together.stderr.split("multiprocessing/api.py")[0]
-    )
 
 
 def test_flags_that_differ_between_processes():
@@ -2030,10 +2027,9 @@ def state_on_file(kind, mode, units, path, save):
     return whole_values(engine)
 
 
-@pytest.mark.parametrize("saver", [2, 4])
-def test_resume_on_other_processes_and_masks(in_processes, tmp_path, saver):
+def test_resume_on_other_processes_and_masks(in_processes, tmp_path):
     path = tmp_path / "state"
-    in_processes(saver, state_on_file, "sdp", "backward", "block", path, True)
+    in_processes(4, state_on_file, "sdp", "backward", "block", path, True)
     results = [
         in_processes(n, state_on_file, kind, mode, units, path, False)[0]
         for n, kind, mode, units in (
@@ -2291,13 +2287,13 @@ RUN = [*TINY, "--mask", "forward", "--steps", "200", "--save-every", "20", "--ev
 class Launched:
     """torchrun, or python alone where n is 0, in the background, with its workers."""
 
-    def __init__(self, tmp_path, n, *flags, torchrun_flags=()):
+    def __init__(self, tmp_path, n, *flags, torchrun_flags=(), program="train.py"):
         self.mark, self.said = f"{tmp_path}-{time.time()}", tmp_path / f"said-{time.time()}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
         command = [*command, *torchrun_flags] if n else [sys.executable]
         with self.said.open("w") as said:
             options = {"cwd": HERE, "env": clean_environment(MARK=self.mark), "stdout": said, "stderr": said}
-            self.process = subprocess.Popen([*command, "train.py", *flags], **options)
+            self.process = subprocess.Popen([*command, program, *flags], **options)
 
     def workers(self):
         """{rank: process id} of those that run now."""
@@ -2395,7 +2391,7 @@ def test_fault_all_are_killed_while_a_checkpoint_is_written(tmp_path, trial):
 @needs_proc
 def test_fault_a_worker_stalls(tmp_path):
     """The others end after --timeout, with a line that names it."""
-    run = Launched(tmp_path, 3, *TINY, "--batch-size", "9", "--steps", "100000", "--timeout", "3")
+    run = Launched(tmp_path, 2, *TINY, "--steps", "100000", "--timeout", "3")
     try:
         run.wait_for(lambda: "3/100000" in run.text().replace("\r", "\n"))
         run.signal(1, signal.SIGSTOP)
@@ -2423,10 +2419,11 @@ def test_fault_preemption(tmp_path, undisturbed, whom):
     last = read_log(out)[-1]["step"]
     assert 30 <= last < 200 and torch.load(out / "ckpt.pt", weights_only=True)["step"] == last
     assert not (out / "summary.json").exists()
-    run = Launched(tmp_path, 2, *RUN, "--out", str(out), "--resume")
-    assert run.finish() == 0, run.text()
-    assert_same_checkpoint(out / "ckpt.pt", undisturbed / "ckpt.pt")
-    assert read_log(out) == read_log(undisturbed)
+    if whom == "a worker":
+        run = Launched(tmp_path, 2, *RUN, "--out", str(out), "--resume")
+        assert run.finish() == 0, run.text()
+        assert_same_checkpoint(out / "ckpt.pt", undisturbed / "ckpt.pt")
+        assert read_log(out) == read_log(undisturbed)
 
 
 def test_fault_the_disk_is_full(monkeypatch, capsys, tmp_path):
@@ -2526,3 +2523,140 @@ def what_differs(name):
 def test_fault_machines_that_differ(in_processes, name):
     for said in in_processes(2, what_differs, name):
         assert len(said) == 1 and name in said[0] and "7 on rank 1" in said[0]
+
+
+@pytest.mark.parametrize("late", [None, 0, 2])
+def test_fault_restarts_do_not_find_the_past(late):
+    """Three processes that meet at a store in which those of an earlier start have left their words."""
+    store = dist.HashStore()
+
+    def arrive(rank, start):
+        time.sleep(0.2 if start and rank == late else 0)
+        part = train.without_the_past(store, rank, 3)
+        part.set(f"start of {rank}", str(start))
+        return [int(part.get(f"start of {each}")) for each in range(3)]
+
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(arrive, range(3), [start] * 3)) == [[start] * 3] * 3
+
+
+# ---- bad input, all programs
+
+BAD_COMMANDS = [  # what the one line must say
+    ("masks.py --workers 0", ("--workers", "at least 1")),
+    ("masks.py --workers x", ("--workers", "whole number")),
+    ("masks.py --count 0", ("--count", "at least 1")),
+    ("masks.py --coverage 2", ("--coverage 2", "at most 1")),
+    ("masks.py --coverage 0.01", ("--coverage 0.01", "0.0625")),
+    ("masks.py --seed -1", ("--seed", "at least 0")),
+    ("masks.py --layers 3", ("--layers",)),
+    ("masks.py --workers 8 --count 2 --coverage 0.125", ("--coverage", "fewer --workers")),
+    ("data.py", ("cifar10", "fineweb")),
+    ("data.py mnist", ("mnist", "cifar10")),
+    ("data.py cifar10 --data-dir DIR --data-url nonsense", ("nonsense", "--data-url")),
+    ("data.py cifar10 --data-dir /dev/null/x --data-url nonsense", ("--data-dir /dev/null/x",)),
+    ("data.py cifar100 --size 32", ("--size",)),
+    ("data.py imagenet", ("--src",)),
+    ("data.py imagenet --src /nowhere --out DIR", ("--src /nowhere", "train")),
+    ("data.py imagenet --src DIR --size 3", ("--size", "at least 16")),
+    ("data.py imagenet --src DIR --size big", ("--size", "big")),
+    ("data.py fineweb --shards 0", ("--shards", "at least 1")),
+    ("data.py fineweb --shards 104", ("--shards 104", "103")),
+    ("data.py fineweb --data-dir /dev/null/x", ("--data-dir /dev/null/x",)),
+    ("data.py fineweb --data-dir DIR --data-url nonsense", ("nonsense", "try again")),
+    ("model.py", ("command",)),
+    ("model.py distil CKPT", ("distil", "sample")),
+    ("model.py sample /nowhere", ("/nowhere", "no such file")),
+    ("model.py sample CKPT --prompt", ("--prompt",)),
+    ("model.py sample CKPT --prompt=", ("--prompt", "empty")),
+    ("model.py sample CKPT --tokens 0", ("--tokens", "at least 1")),
+    ("model.py sample CKPT --temperature nan", ("--temperature", "at least 0")),
+    ("model.py sample CKPT --seed x", ("--seed", "whole number")),
+    ("model.py export CKPT CKPT", ("ckpt.pt", "another name")),
+    ("model.py export CKPT /dev/null/x/y", ("/dev/null/x/y", "cannot be written")),
+    ("model.py export-hf CKPT /dev/null/x", ("/dev/null/x", "cannot be written")),
+    ("model.py export CKPT", ("file",)),
+]
+
+
+@pytest.mark.parametrize("command, says", BAD_COMMANDS, ids=[bad[0] for bad in BAD_COMMANDS])
+def test_bad_commands_end_with_one_line(monkeypatch, capsys, tmp_path, trained, command, says):
+    before = (trained / "ckpt.pt").read_bytes()
+    program, *arguments = (
+        command.replace("CKPT", str(trained / "ckpt.pt")).replace("DIR", str(tmp_path)).split()
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, program.removesuffix(".py"), *arguments)
+    assert stop.value.code == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "B/s" not in each]
+    assert all(word in line for word in says), line
+    assert not list(tmp_path.iterdir()) and (trained / "ckpt.pt").read_bytes() == before
+
+
+def test_every_flag_of_train_is_tried():
+    """Each flag that takes a value has a row among the bad ones."""
+    flags = {
+        flag for action in train.make_parser()._actions for flag in action.option_strings if action.nargs != 0
+    }
+    tried = " ".join(row[0] for row in [*BAD, *BAD_RESUMES]).split()
+    assert flags - set(tried) - {"-h", "--help"} == set()
+
+
+COMMANDS = [  # processes under torchrun, or 0 for python alone; what follows; what is said
+    (0, "masks.py --coverage 0", "--coverage 0"),
+    (0, "masks.py --workers none", "--workers"),
+    (0, "masks.py --seed", "--seed"),
+    (0, "train.py --resume /nowhere", "/nowhere"),
+    (0, "data.py fineweb --shards 104", "--shards 104"),
+    (0, "model.py sample /nowhere", "/nowhere"),
+    (2, "train.py --coverage 0", "--coverage 0"),
+    (2, "train.py --workers 3", "--workers 3"),
+]  # fmt: skip
+
+
+@needs_proc
+@pytest.mark.parametrize("n, command, says", COMMANDS, ids=[f"{row[0]} {row[1]}" for row in COMMANDS])
+def test_bad_input_to_real_commands(tmp_path, n, command, says):
+    """One line, soon, and nothing is left running."""
+    run = Launched(tmp_path, n, *command.split()[1:], program=command.split()[0])
+    assert run.finish(seconds=30) == (1 if n else 2)  # torchrun's own code
+    ours = run.text().split("Setting OMP_NUM_THREADS")[-1]  # torchrun warns about that first
+    ours = [line for line in ours.split("torch/distributed/elastic")[0].splitlines() if "error: " in line]
+    assert len(ours) == 1 and says in ours[0]
+    if n == 0:
+        assert len(run.text().splitlines()) == 1
+    assert not any('.py", line' in line and str(HERE) in line for line in run.text().splitlines())
+
+
+def plans(seed, number):
+    """How many of so many random plans could be made: each deals out exactly, evenly, and in the same way
+    again, or is refused in a line."""
+    rng, made = np.random.default_rng([seed, 9]), 0
+    for trial in range(number):
+        workers, kinds = int(rng.integers(1, 17)), int(rng.integers(1, 4))
+        costs = rng.integers(1, 1000, kinds).tolist()  # units of a kind cost the same
+        layers = range(rng.integers(kinds, 25))
+        units = [Unit(f"blocks.{u}", f"kind {u % kinds}", costs[u % kinds]) for u in layers]
+        coverage, deal = float(rng.uniform(0.01, 1)), int(rng.integers(1000))
+        try:
+            holders = holders_per_unit(coverage, workers)
+            mask = assign(units, workers, holders, deal)
+        except ValueError as error:
+            assert "--coverage" in str(error) and "\n" not in str(error)
+            continue
+        made += 1
+        assert holders == int(coverage * workers + 0.5)
+        assert mask.shape == (workers, len(units)) and (mask.sum(axis=0) == holders).all()
+        for kind in range(kinds):
+            held = mask[:, kind::kinds].sum(axis=1)
+            assert held.max() - held.min() <= 1 and held.min() > 0
+        if trial % 5 == 0:
+            assert (mask == assign(units, workers, holders, deal)).all()
+    return made
+
+
+def test_masks_of_any_kind():
+    """500 random plans."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert sum(pool.map(plans, range(2), [250] * 2)) > 250
