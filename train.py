@@ -139,19 +139,14 @@ def make_parser():
     for flag, text in (
         ("--checkpoint-activations", "keep only the input of each block, and compute the rest again"),
         ("--compile", "torch.compile each block"),
-        (
-            "--bench",
-            "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out;"
-            " all of them must fit into memory at once",
-        ),
-    ):
+        ("--bench", "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out; all of"
+         " them must fit into memory at once"),
+        ("--eval-only", "no training: validate the model of --resume"),
+        ("--overwrite", "replace the run that is in --out"),
+    ):  # fmt: skip
         parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-    parser.add_argument(
-        "--resume", nargs="?", const="", metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a file, from the one in --out, if it is there already",
-    )  # fmt: skip
-    parser.add_argument("--eval-only", action="store_true", help="only validate the model of --resume")
+    text = "go on from a checkpoint; without a file, from the one in --out, if it is there already"
+    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help=text)
     return parser
 
 
@@ -162,10 +157,11 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     try:
         path = checkpoint_to_resume(args)
-        saved = read_checkpoint(path) | {"path": path} if path else None
+        here = path and args.out and path.resolve().parent == Path(args.out).resolve()
+        saved = read_checkpoint(path) | {"path": path, "of_out": here} if path else None
     except (ValueError, OSError) as error:
         parser.error(f"--resume: {error}")
-    dense = {"mask": "none"} if args.engine != "sdp" else {}
+    dense = {"mask": "none"} if args.engine != "sdp" or args.eval_only else {}
     of_saved = saved["flags"] | vars(saved["config"]) if saved else {}
     parser.set_defaults(**DEFAULTS[of_saved.get("model", args.model)] | dense)
     parser.set_defaults(**{flag: of_saved[flag] for flag in (*OF_DATA, *OF_MODEL) if flag in of_saved})
@@ -177,13 +173,11 @@ def checkpoint_to_resume(args):
     something. Raises ValueError where there can be none."""
     if args.resume == "" and not args.out:
         raise ValueError("without a file, needs the --out that has one")
-    own = (
-        [Path(args.out) / name for name in (LAST, BEFORE)]
-        if args.out and (restarted() or args.resume == "")
-        else []
-    )
-    there = next(filter(Path.exists, own), None)
-    return there or (Path(args.resume) if args.resume else None)
+    if args.out and (args.resume == "" or restarted()):
+        for path in (Path(args.out, LAST), Path(args.out, BEFORE)):
+            if path.exists():
+                return path
+    return Path(args.resume) if args.resume else None
 
 
 def restarted():
@@ -276,11 +270,16 @@ def check(args, processes, parser, saved=None):
         if args.mask != "none" or args.bench:
             holders = masks.holders_per_unit(args.coverage, args.workers)
             mask = masks.assign(units, args.workers, holders, args.seed)
-        if args.out and os.environ.get("RANK", "0") == "0" and not args.eval_only:
+        writes = args.out and os.environ.get("RANK", "0") == "0" and not args.eval_only
+        goes_on = args.resume == "" or restarted() or (saved and saved["of_out"])
+        if writes:
             names = ("bench.json",) if args.bench else ("log.jsonl", "summary.json", LAST, BEFORE)
-            goes_on = args.resume == "" or restarted() or (saved and saved["path"].parent == Path(args.out))
             prepare_out(Path(args.out), names, args.overwrite or goes_on)
         data = load_data()
+        for name in (LAST, BEFORE) if writes and not (goes_on or args.bench) else ():
+            Path(args.out, name).unlink(
+                missing_ok=True
+            )  # now: a restart by torchrun would take them for its own
     except (ValueError, OSError) as error:
         fail(str(error))
     updates = 20 if args.bench else 300
@@ -706,7 +705,7 @@ def write_checkpoint(folder, content):
 def open_log(out, saved):
     """log.jsonl to append to: empty, or with the steps that the checkpoint has, and none after them."""
     path, lines = out / "log.jsonl", []
-    if saved and saved["path"].parent == out and path.exists():
+    if saved and saved["of_out"] and path.exists():
         lines = path.read_text().splitlines(keepends=True)
         lines = [li for li in lines if li.endswith("\n") and json.loads(li)["step"] <= saved["step"]]
     part = out / "log.jsonl.part"
@@ -1077,8 +1076,7 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
             raise OSError(problem[0])
 
     if out:
-        for name in ("summary.json", *(() if saved else (LAST, BEFORE))):
-            (out / name).unlink(missing_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
     costs = measure(engine, whole.config, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
