@@ -2406,7 +2406,7 @@ def test_fault_a_worker_stalls(tmp_path):
 @needs_proc
 @pytest.mark.parametrize("whom", ["a worker", "torchrun"])
 def test_fault_preemption(tmp_path, undisturbed, whom):
-    """SIGINT to one worker, or SIGTERM to torchrun, which passes it on: all stop after the same step, saved."""
+    """SIGINT to one worker, or SIGTERM to torchrun, which passes it on: all stop after one step."""
     out = tmp_path / "run"
     run = Launched(tmp_path, 2, *RUN, "--out", str(out))
     run.wait_for(lambda: lines(out / "log.jsonl") >= 30)
