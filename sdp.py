@@ -163,10 +163,12 @@ class Part:
         return finish
 
     def push(self):
-        """Start to send the gradients, and free them. Returns a function that waits, and adds up what has
-        come to this owner in rank order and in its own precision: so each run gives the same sum."""
+        """Start to send the gradients, and free them: they leave from the place of the weights, which nothing
+        needs any more. Returns a function that waits, and adds up what has come to this owner in rank order
+        and in its own precision: so each run gives the same sum."""
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
-        send = torch.cat([self.values[:0], *(gradient.flatten() for gradient in gradients)])
+        send = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: autograd need not know
+        torch.cat([send[:0], *(gradient.flatten() for gradient in gradients)], out=send)
         for parameter in self.trained:
             parameter.grad = None
         received = send.new_empty(sum(self.trains.by_worker))
@@ -177,7 +179,7 @@ class Part:
             for (a, b), sent in zip(self.trains.runs, received.split([b - a for a, b in self.trains.runs])):
                 self.bucket.mean[a:b] += sent
 
-        return finish, send.nbytes + received.nbytes
+        return finish, received.nbytes
 
     def _exchange(self, kind, received, send, received_splits, send_splits):
         """One all_to_all. gloo takes CUDA tensors, but has been silently wrong with asynchronous work on them
@@ -252,8 +254,7 @@ class Worker:
     def _push(self):
         alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
         part = self.unsent.pop()
-        copied = sum(p.nbytes for p in part.trained)  # to be sent, when what is under way has arrived
-        self.grad_bytes = max(self.grad_bytes, alive + max(self.under_way, copied))
+        self.grad_bytes = max(self.grad_bytes, alive + self.under_way)
         self.finish_push()
         self.finish_push = None  # frees its buffers
         self.finish_push, self.under_way = part.push()
