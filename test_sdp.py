@@ -1199,7 +1199,7 @@ def buffers_of_a_step(mode, kind, dtype):
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
 def test_buffers_take_two_layers_at_most(in_processes, mode, kind, dtype):
     of_ranks = in_processes(4, buffers_of_a_step, mode, kind, dtype)
-    assert 0.5 < max(of_ranks) <= 2
+    assert 0.25 < max(of_ranks) <= 2
 
 
 def plan_for_1024():
