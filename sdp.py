@@ -162,19 +162,16 @@ class Part:
 
         return finish
 
-    def push(self, room):
+    def push(self):
         """Start to send the gradients, and free them: they leave from the place of the weights, which nothing
-        needs any more, and what comes to this owner takes the place of some that have left: `room`, a list.
-        Returns a function that waits, and adds up what has come in rank order and in the owner's precision:
-        so each run gives the same sum; and the bytes for which there was no room."""
+        needs any more. Returns a function that waits, and adds up what has come to this owner in rank order
+        and in its own precision: so each run gives the same sum."""
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
         send = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: autograd need not know
         torch.cat([send[:0], *(gradient.flatten() for gradient in gradients)], out=send)
         for parameter in self.trained:
             parameter.grad = None
-        number = sum(self.trains.by_worker)
-        room = [values.data[:number] for values in room if len(values) >= number]
-        received = room[0] if room else send.new_empty(number)
+        received = send.new_empty(sum(self.trains.by_worker))
         wait = self._exchange("push", received, send, self.trains.by_worker, self.trains.by_owner)
 
         def finish():
@@ -182,7 +179,7 @@ class Part:
             for (a, b), sent in zip(self.trains.runs, received.split([b - a for a, b in self.trains.runs])):
                 self.bucket.mean[a:b] += sent
 
-        return finish, 0 if room else received.nbytes
+        return finish, received.nbytes
 
     def _exchange(self, kind, received, send, received_splits, send_splits):
         """One all_to_all. gloo takes CUDA tensors, but has been silently wrong with asynchronous work on them
@@ -260,8 +257,7 @@ class Worker:
         self.grad_bytes = max(self.grad_bytes, alive + self.under_way)
         self.finish_push()
         self.finish_push = None  # frees its buffers
-        room = [sent.values for sent in self.parts[len(self.unsent) + 1 :]]
-        self.finish_push, self.under_way = part.push(room)
+        self.finish_push, self.under_way = part.push()
 
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
