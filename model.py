@@ -555,15 +555,22 @@ def read_checkpoint(path):
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
         weights, numbers = saved["model"], (saved["step"], saved["skipped"], saved["fingerprint"])
-        if saved["config"].get("layers", 0) > len(weights) or not all(type(n) is int for n in numbers):
+        if saved["config"].get("layers", 0) > len(weights) or not all(
+            type(n) is int and n >= 0 for n in numbers
+        ):
             raise ValueError("its numbers do not fit together")
-        config = CONFIGS[saved["flags"]["model"]](**saved["config"])
+        flags = saved["flags"]
+        config = CONFIGS[flags["model"]](**saved["config"])
+        if type(flags["data"]) is not str or type(flags["data_dir"]) not in (str, type(None)):
+            raise ValueError("it does not say what it was trained on")
         with torch.device("meta"):
             model = build(config)
         model.load_state_dict(weights, assign=True)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        if saved["optimizer"] and saved["optimizer"].keys() != shapes.keys():
+            raise ValueError("the optimizer's state is not of all parameters")
         for name, state in saved["optimizer"].items():
-            if any(of.dim() and of.shape != shapes[name] for of in state.values()):
+            if any(of.shape != (() if key == "step" else shapes[name]) for key, of in state.items()):
                 raise ValueError(f"the optimizer's state of {name} has another shape")
         tensors = [*weights.values(), *(of for state in saved["optimizer"].values() for of in state.values())]
         if not all(of.is_floating_point() and of.is_contiguous() for of in tensors):
@@ -611,7 +618,7 @@ def as_llama(model):
         for name, weight in block.named_parameters():
             units_first = name in ("attention.o", "mlp.down")
             state[f"model.layers.{i}.{names[name]}"] = weight.T.contiguous() if units_first else weight
-    return about, {name: weight.detach() for name, weight in state.items()}
+    return about, {name: weight.detach().clone() for name, weight in state.items()}  # not its whole storage
 
 
 @torch.no_grad()
@@ -679,8 +686,9 @@ def main():
             torch.save(dict(model.state_dict()), new_file(args.file))
         elif args.command == "export-hf":
             config, state = as_llama(model)
-            torch.save(state, new_file(Path(args.folder) / "pytorch_model.bin"))
-            new_file(Path(args.folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            files = [new_file(Path(args.folder) / name) for name in ("pytorch_model.bin", "config.json")]
+            torch.save(state, files[0])
+            files[1].write_text(json.dumps(config, indent=1) + "\n")
         else:
             encode, decode = codec(model.config.vocabulary)
             if not (tokens := encode(args.prompt)):

@@ -352,7 +352,9 @@ class SDP:
                 with torch.no_grad():
                     piece.copy_(model[name].flatten()[where])
                 self.optimizer.state[piece] = {
-                    key: (of.flatten()[where] if of.dim() else of).to(piece.device, copy=True)
+                    key: of.flatten()[where].to(piece, copy=True)
+                    if of.dim()
+                    else of.to(piece.device, copy=True)
                     for key, of in optimizer.get(name, {}).items()
                 }
 

@@ -1925,6 +1925,10 @@ def test_out_is_not_overwritten_unasked(monkeypatch, capsys, tmp_path):
         in_process(monkeypatch, "--steps", "1", "--out", str(tmp_path))
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "log.jsonl").read_bytes() == before
+    if not torch.cuda.is_available():  # what is found wrong later does not cost the old run
+        with pytest.raises(SystemExit):
+            in_process(monkeypatch, "--steps", "1", "--out", str(tmp_path), "--overwrite", "--device", "cuda")
+        assert (tmp_path / "ckpt.pt").exists() and (tmp_path / "log.jsonl").read_bytes() == before
     in_process(monkeypatch, "--steps", "2", "--out", str(tmp_path), "--overwrite")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
@@ -1982,7 +1986,7 @@ def test_resume_is_bit_for_bit(monkeypatch, tmp_path, small_cifar, model, dtype)
     shutil.copytree(at_once, later)
     (later / "ckpt.pt").unlink()
     with (later / "log.jsonl").open("a") as log:
-        log.write('{"step": 7, "lo')
+        log.write('{"step": 7, "lo\n\0\0')  # as after a power cut
     in_process(monkeypatch, *flags, str(later), "--resume", **options)
     assert torch.load(later / "ckpt.prev.pt", weights_only=True)["step"] == 4
     assert_same_checkpoint(later / "ckpt.pt", at_once / "ckpt.pt")
@@ -2044,7 +2048,7 @@ def test_resume_on_other_processes_and_masks(in_processes, tmp_path):
 
 
 def test_resume_begins_where_there_is_nothing(monkeypatch, capsys, tmp_path):
-    flags = ["--steps", "2", "--out", str(tmp_path / "run")]
+    flags = ["--size", "tiny", "--steps", "2", "--out", str(tmp_path / "run")]
     in_process(monkeypatch, *flags, "--resume")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert {path.name for path in before} == {"ckpt.pt", "log.jsonl", "summary.json"}
@@ -2053,7 +2057,7 @@ def test_resume_begins_where_there_is_nothing(monkeypatch, capsys, tmp_path):
     assert "nothing to train" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as of a process that torchrun has started again
-    in_process(monkeypatch, "--steps", "3", "--out", str(tmp_path / "run"))
+    in_process(monkeypatch, "--steps", "3", "--dtype", "float64", "--out", str(tmp_path / "run"))
     assert "after step 2" in capsys.readouterr().out
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2, 3]
 
@@ -2159,6 +2163,15 @@ BAD_CHECKPOINTS = {
     "its first byte": lambda good, _: flipped(good, 0),
     "weights alone": lambda *_: foreign({"w": torch.zeros(3)}),
     "no dictionary": lambda *_: foreign([1, 2]),
+    "a step before the first": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"step": -1}),
+    "no data": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"flags": {"model": "gpt"}}),
+    "half an optimizer": lambda good, _: foreign(
+        torch.load(io.BytesIO(good)) | {"optimizer": {"head.weight": {"step": torch.tensor(1.0)}}}
+    ),
+    "moments of no shape": lambda good, _: foreign(
+        torch.load(io.BytesIO(good))
+        | {"optimizer": {n: {"exp_avg": torch.zeros(())} for n in torch.load(io.BytesIO(good))["optimizer"]}}
+    ),
     "a later format": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"format": 2}),
     "another shape": lambda good, _: foreign(
         torch.load(io.BytesIO(good)) | {"model": {"head.weight": torch.zeros(2, 2)}}

@@ -165,7 +165,8 @@ def parse(argv=None):
     of_saved = saved["flags"] | vars(saved["config"]) if saved else {}
     parser.set_defaults(**DEFAULTS[of_saved.get("model", args.model)] | dense)
     parser.set_defaults(**{flag: of_saved[flag] for flag in (*OF_DATA, *OF_MODEL) if flag in of_saved})
-    return parser, parser.parse_args(argv), saved
+    given = {flag for flag in OF_MODEL if getattr(args, flag) is not None}
+    return parser, parser.parse_args(argv), saved and saved | {"given": given}
 
 
 def checkpoint_to_resume(args):
@@ -173,7 +174,7 @@ def checkpoint_to_resume(args):
     something. Raises ValueError where there can be none."""
     if args.resume == "" and not args.out:
         raise ValueError("without a file, needs the --out that has one")
-    if args.out and (args.resume == "" or restarted()):
+    if args.out and (args.resume == "" or (restarted() and not args.bench)):
         for path in (Path(args.out, LAST), Path(args.out, BEFORE)):
             if path.exists():
                 return path
@@ -206,7 +207,9 @@ def make_config(args, shape):
 
 def compare(args, config, saved):
     """Raises ValueError where flags contradict the checkpoint that is to be gone on from."""
-    preset = SIZES[args.model].get(args.size, {}).items()
+    preset = {
+        k: v for k, v in SIZES[args.model].get(args.size, {}).items() if k not in saved["given"]
+    }.items()
     of_data = {"vocabulary": "data", "classes": "data-dir", "image": "data-dir"}
     for field, value in chain(preset, vars(config).items()):
         if field not in OF_TRAINING and value != (was := getattr(saved["config"], field)):
@@ -276,10 +279,6 @@ def check(args, processes, parser, saved=None):
             names = ("bench.json",) if args.bench else ("log.jsonl", "summary.json", LAST, BEFORE)
             prepare_out(Path(args.out), names, args.overwrite or goes_on)
         data = load_data()
-        for name in (LAST, BEFORE) if writes and not (goes_on or args.bench) else ():
-            Path(args.out, name).unlink(
-                missing_ok=True
-            )  # now: a restart by torchrun would take them for its own
     except (ValueError, OSError) as error:
         fail(str(error))
     updates = 20 if args.bench else 300
@@ -531,7 +530,8 @@ class Dense:
     @torch.no_grad()
     def load(self, model, moments):
         def like(whole, master):
-            whole = whole.to(self.device, copy=True)
+            dtype = master.dtype if whole.dim() > 0 else None  # else it is a number of steps
+            whole = whole.to(self.device, dtype, copy=True)
             sharded = isinstance(master, DTensor) and whole.dim() > 0
             return distribute_tensor(whole, master.device_mesh, master.placements) if sharded else whole
 
@@ -706,8 +706,11 @@ def open_log(out, saved):
     """log.jsonl to append to: empty, or with the steps that the checkpoint has, and none after them."""
     path, lines = out / "log.jsonl", []
     if saved and saved["of_out"] and path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        lines = [li for li in lines if li.endswith("\n") and json.loads(li)["step"] <= saved["step"]]
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= saved["step"])
+            except ValueError:
+                break  # what a power cut may leave
     part = out / "log.jsonl.part"
     part.write_text("".join(lines))
     part.replace(path)
@@ -736,9 +739,14 @@ def name_the_silent(store):
     write their steps to the store; who has noticed the failure adds a half: so the oldest is the culprit's.
     """
     rank, processes = dist.get_rank(), dist.get_world_size()
-    store.set(last_sign(rank), str(float(store.get(last_sign(rank))) + 0.5))
-    time.sleep(2)  # until the others have noticed it too
-    steps = [float(store.get(last_sign(each))) for each in range(processes)]
+    try:
+        store.set_timeout(timedelta(seconds=10))
+        store.set(last_sign(rank), str(float(store.get(last_sign(rank))) + 0.5))
+        time.sleep(2)  # until the others have noticed it too
+        steps = [float(store.get(last_sign(each))) for each in range(processes)]
+    except RuntimeError:  # rank 0 has it, where there is no torchrun
+        print("train.py: error: rank 0 has not answered", file=sys.stderr, flush=True)
+        sys.exit(1)
     silent = [each for each, step in enumerate(steps) if step == min(steps) and step % 1 == 0]
     if rank == steps.index(max(steps)):
         who = f"rank {', '.join(map(str, silent))}" if silent else "a process"
@@ -844,9 +852,9 @@ def update(engine, batches, args, lr, stop=0):
     return norm, loss_sum / args.workers, stop
 
 
-def train(engine, data, args, device, log, store, save, done=0, skipped=0):
+def train(engine, data, args, device, log, store, save, came, done=0, skipped=0):
     """The loop, after `done` steps, of which so many were skipped. Writes each step to `log`, a file or None,
-    and to the store; calls save(step, skipped). A signal to any process stops all after the same step. Raises
+    and to the store; calls save(step, skipped). A signal that `came` to any process stops all of them. Raises
     ArithmeticError after PATIENCE skipped steps in a row. Returns (last step, skipped steps, median step time
     in ms, (loss, accuracy) of `evaluate`)."""
     what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
@@ -854,7 +862,6 @@ def train(engine, data, args, device, log, store, save, done=0, skipped=0):
     steps, quiet = range(done + 1, args.steps + 1), engine.rank != 0
     with (
         ThreadPoolExecutor(1) as loader,
-        noticed(signal.SIGINT, signal.SIGTERM) as came,
         tqdm(steps, initial=done, total=args.steps, disable=quiet, unit="step", mininterval=0.5) as bar,
     ):
         coming = loader.submit(load_batches, data, engine, args, done + 1, device)
@@ -983,6 +990,10 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
     facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
     facts |= {"the checkpoint's checksum": saved and saved["checksum"], "an --out": bool(args.out)}
     agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
+    out = Path(args.out) if args.out and dist.get_rank() == 0 else None
+    if out and not (args.bench or args.eval_only or (saved and saved["of_out"])):
+        for name in (LAST, BEFORE):  # soon: a restart by torchrun would take them for its own
+            (out / name).unlink(missing_ok=True)
 
     def make(kind, mode="none"):
         optimizer, first = make_optimizer(args), partial(initial_value, seed=args.seed)
@@ -1025,7 +1036,6 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
             flush=True,
         )
 
-    out = Path(args.out) if args.out and dist.get_rank() == 0 else None
     if args.bench:
         modes = {f"sdp-{mode}": partial(make, "sdp", mode) for mode in masks.MODES}
         engines = {engine: partial(make, engine) for engine in ("ddp", "fsdp")} | modes
@@ -1039,7 +1049,7 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
     engine, done, skipped, fingerprint = make(args.engine, args.mask), 0, 0, data.fingerprint()
     data = data.to(device)
     if saved:
-        engine.load(saved["model"], saved["optimizer"])
+        engine.load(saved.pop("model"), saved.pop("optimizer"))  # and let go of the file
         done, skipped = saved["step"], saved["skipped"]
         if engine.rank == 0:
             other = "" if fingerprint == saved["fingerprint"] else "; the data is not what it was trained on"
@@ -1080,15 +1090,18 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
     costs = measure(engine, whole.config, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with open_log(out, saved) if out else nullcontext() as log:
-        last, skipped, *found = train(engine, data, args, device, log, store, save, done, skipped)
+    with (
+        noticed(signal.SIGINT, signal.SIGTERM) as came,
+        open_log(out, saved) if out else nullcontext() as log,
+    ):
+        last, skipped, *found = train(engine, data, args, device, log, store, save, came, done, skipped)
         if last == args.steps:
             figures = {"params": params, "shared_params": shared, "skipped_steps": skipped}
             summary = summarise(engine, args, whole.config, mask, figures, last - done, costs, *found)
             if out:
                 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         save(last, skipped)
-    leave()
+        leave()
     if engine.rank == 0 and last < args.steps:
         print(f"stopped by a signal after step {last}" + "; --resume goes on" * bool(out))
 
