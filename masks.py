@@ -6,6 +6,7 @@ workers, and the workers hold equally much. Nothing here knows about torch. At t
 command lines, which all commands of this project use.
 
     python masks.py --workers 8 --count 12 --coverage 0.375
+    python masks.py --sweep                     # how well workers mix, over N, C and ways of assigning
 
 Needs only numpy. Read next: model.py, whose layers can be built from any subset of their units.
 """
@@ -16,11 +17,14 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
 MODES = ("none", "backward", "forward")  # what --mask can be
+WAYS = ("random", "cyclic")  # what --assign can be
 
 
 class Unit(NamedTuple):
@@ -54,13 +58,15 @@ def holders_per_unit(coverage, workers):
     return holders
 
 
-def assign(units, workers, holders, seed=0):
+def assign(units, workers, holders, seed=0, way="random", draw=0):
     """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
+    Another `draw` is another mask, found without a search for a large spectral gap: where masks keep
+    changing, workers mix anyway.
 
     Every column sums to `holders`. Within a kind whose units cost the same, the number of units that a worker
-    holds differs by at most one. The worker graph, in which workers are joined by the units that they share,
-    is connected wherever holders >= 2 and there are units enough: len(units) * (holders - 1) >= workers - 1.
-    Raises ValueError where some worker would hold no unit of a kind.
+    holds differs by at most one. With "random" the worker graph, in which workers are joined by the units
+    that they share, is connected wherever holders >= 2 and there are units enough: len(units) * (holders - 1)
+    >= workers - 1. Raises ValueError where some worker would hold no unit of a kind.
     """
     kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
     if fewest * holders < workers:
@@ -69,17 +75,48 @@ def assign(units, workers, holders, seed=0):
             f"--coverage: {fewest} units ({kind}) with {holders} of {workers} workers holding each leave a "
             f"worker without any; a coverage of at least {enough:g} works, or fewer --workers"
         )
-    rng = np.random.default_rng([seed, workers, holders])
+    rng = np.random.default_rng([seed, workers, holders] + [draw] * (draw > 0))
+    if way == "cyclic":
+        return cycle(units, workers, holders, rng)
     best, costs = None, {(unit.kind, unit.cost) for unit in units}
     uneven = len(costs) > len({unit.kind for unit in units})
     for _ in range(4 if uneven else 1):  # where units of a kind differ, a search can end with an uneven load
         mask = deal(units, workers, holders, rng)
-        load = (mask if holders == workers else mix(mask, units, rng)) @ np.array([u.cost for u in units])
+        mask = mask if holders == workers else mix(mask, units, rng, widen=draw == 0)
+        load = mask @ np.array([unit.cost for unit in units])
         if best is None or load.max() < best[0]:
             best = load.max(), mask
         if load.max() <= 1.1 * load.mean() or holders == workers:
             break
     return best[1]
+
+
+def cycle(units, workers, holders, rng):
+    """A mask in which a unit's holders stand side by side in a circle of the workers, evenly along it, and
+    the units of a kind follow one another in random order: few workers share much with few others."""
+    mask = np.zeros((workers, len(units)), dtype=bool)
+    for kind in dict.fromkeys(unit.kind for unit in units):
+        of_kind = rng.permutation([u for u, unit in enumerate(units) if unit.kind == kind])
+        first = np.arange(len(of_kind)) * workers // len(of_kind)  # of each unit's holders
+        mask[(first + np.arange(holders)[:, None]) % workers, of_kind] = True
+    return mask
+
+
+def plan(draw, mode, steps, resample=0, finish=0.0):
+    """The masks of a run and what they do: a function at(step) -> (mask, mode), for steps counted from 1.
+
+    draw(k) -> the k-th mask, from 0. Every `resample` steps comes the next one (0: never); and the last
+    fraction `finish` of the steps is in backward mode with whatever the mask is. That a step's mask depends
+    on nothing but its number is what lets a run resume.
+    """
+    of_finish = round(finish * steps)
+    now = lru_cache(2)(lambda number, mode: (draw(number), mode))  # the same object while nothing changes
+
+    def at(step):
+        number = (step - 1) // resample if resample else 0
+        return now(number, "backward" if step > steps - of_finish else mode)
+
+    return at
 
 
 def deal(units, workers, holders, rng):
@@ -99,11 +136,11 @@ def deal(units, workers, holders, rng):
     return mask
 
 
-def mix(mask, units, rng):
+def mix(mask, units, rng, widen=True):
     """Let pairs of workers swap units of a kind wherever that is no step back, in place: first until the
-    worker graph is connected, if it can be; then to widen the spectral gap and to even the load. The sums of
-    columns stay as they are, and those of rows too, within each kind whose units cost the same; where they
-    differ (the stages of a ResNet) a worker may also give a unit away and take none."""
+    worker graph is connected, if it can be; then, if asked to, to widen the spectral gap and to even the
+    load. The sums of columns stay as they are, and those of rows too, within each kind whose units cost the
+    same; where they differ (the stages of a ResNet) a worker may also give a unit away and take none."""
     workers, holders = len(mask), mask[:, 0].sum()
     cost, kind = np.array([unit.cost for unit in units]), np.array([unit.kind for unit in units])
     uneven = {k for k in dict.fromkeys(kind) if len(set(cost[kind == k])) > 1}
@@ -114,7 +151,8 @@ def mix(mask, units, rng):
         excess = max(0, load.max() / load.mean() - 1.1)  # a tenth above the mean is free, more is dear
         return (-groups, spectral_gap(mask) - 4 * excess if groups == 1 and widen else 0), reach
 
-    tries = min(1000, 1_000_000 // workers**2)  # few where workers are many: the gap takes long, and is large
+    # few where workers are many: there the gap takes long, and is large
+    tries = min(1000, 1_000_000 // workers**2) if widen else 0
     widen = tries > 0
     best, reach = judge()
     can_connect = len(units) * (holders - 1) >= workers - 1  # each unit is holders - 1 edges of a tree
@@ -259,6 +297,23 @@ def describe(mask, units, asked):
     )
 
 
+def sweep(units, seed):
+    """The spectral gap against coverage, for several N and both ways of assigning, as text; "-" where some
+    worker would hold nothing."""
+    coverages = [eighths / 8 for eighths in range(1, 9)]
+    lines = [f"{'workers':<10}{'assign':<10}" + "".join(f"{f'C = {c:g}':>11}" for c in coverages)]
+    for workers, way in product((2, 4, 8, 16, 32), WAYS):
+        cells = []
+        for coverage in coverages:
+            try:
+                mask = assign(units, workers, holders_per_unit(coverage, workers), seed, way)
+                cells.append(f"{spectral_gap(mask):.3f}")
+            except ValueError:
+                cells.append("-")
+        lines.append(f"{workers:<10}{way:<10}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with bad input answered by one line on stderr and exit code 2.
 
@@ -296,11 +351,17 @@ def main():
     parser.add_argument(
         "--coverage", type=float, default=0.375, help="share of the workers that hold a unit, C"
     )
+    parser.add_argument("--assign", choices=WAYS, default="random", help="how units are dealt out")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the deal")
+    parser.add_argument("--sweep", action="store_true", help="the spectral gap of --count units over N and C")
     args = parser.parse_args()
     units = [Unit(f"unit {u}", "unit", 1) for u in range(args.count)]
+    if args.sweep:
+        print(sweep(units, args.seed))
+        return
     try:
-        mask = assign(units, args.workers, holders_per_unit(args.coverage, args.workers), args.seed)
+        holders = holders_per_unit(args.coverage, args.workers)
+        mask = assign(units, args.workers, holders, args.seed, args.assign)
     except ValueError as error:
         parser.error(str(error))
     print(describe(mask, units, args.coverage))

@@ -15,6 +15,7 @@ Needs torch, and masks.py for what a unit is. Read next: sdp.py, which moves par
 """
 
 import json
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Branch(nn.Module):
         super().__init__()
         trained = units if trained is None else trained
         self.units = units
-        self.scale = units / (trained + frozen) if self.rescaled else 1
+        self.scale = units / (trained + frozen) if self.rescaled and config.rescale else 1
         self.allocate(config, trained)
         self.frozen = type(self)(config, frozen).requires_grad_(False) if frozen else None
 
@@ -124,6 +125,15 @@ def cross_entropy_of(x, weight, targets, smoothing):
     return sum(checkpoint(share, *chunk, use_reentrant=False) for chunk in chunks) / targets.numel()
 
 
+def drop_path(y, rate, training):
+    """Stochastic depth (https://arxiv.org/abs/1603.09382) of a branch's output (rows, ...): in training each
+    row is zero with that probability, and otherwise scaled up to make up for it."""
+    if not training or rate == 0:
+        return y
+    kept = torch.rand(len(y), *[1] * (y.dim() - 1), device=y.device) >= rate
+    return y * (kept / (1 - rate)).to(y.dtype)
+
+
 def through(blocks, x, *context, forget=False):
     """x after all blocks. With `forget` a block keeps nothing but its input for the backward pass, and
     computes the rest again there (https://arxiv.org/abs/1604.06174)."""
@@ -145,6 +155,8 @@ class TransformerConfig:
     hidden: int = 256  # neurons of the SwiGLU layer
     label_smoothing: float = 0.0
     checkpoint_activations: bool = False
+    drop_path: float = 0.0
+    rescale: bool = True  # branches that have only some of their units
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -225,10 +237,11 @@ class Block(nn.Module):
         self.attention = Attention(config, config.heads, *attention)
         self.norm2 = RMSNorm(config.width)
         self.mlp = MLP(config, GROUPS, *mlp)
+        self.drop_path = config.drop_path
 
     def forward(self, x, rotation):
-        x = x + self.attention(self.norm1(x), rotation)  # (B, T, width)
-        return x + self.mlp(self.norm2(x))
+        x = x + drop_path(self.attention(self.norm1(x), rotation), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)  # (B, T, width)
 
 
 class Head(nn.Module):
@@ -323,6 +336,8 @@ class ResNetConfig:
     image: int = 32  # pixels along each side; above 64 the stem makes them fewer
     label_smoothing: float = 0.0
     checkpoint_activations: bool = False
+    drop_path: float = 0.0
+    rescale: bool = True  # of no effect here, where a norm follows each branch
 
     def __post_init__(self):
         if self.width % CHANNEL_GROUPS:
@@ -382,16 +397,18 @@ class ResidualBranch(nn.Sequential):
 class BasicBlock(nn.Module):
     """relu(branch(x) + shortcut(x)); the branch may be absent, the shortcut's projection is always there."""
 
-    def __init__(self, shape, branch):
+    def __init__(self, shape, branch, drop_path):
         super().__init__()
-        self.branch, self.shortcut = branch, None
+        self.branch, self.shortcut, self.drop_path = branch, None, drop_path
         if shape.inputs != shape.outputs:
             projection = nn.Conv2d(shape.inputs, shape.outputs, 1, stride=shape.stride, bias=False)
             self.shortcut = nn.Sequential(projection, make_norm(shape.norm, shape.outputs))
 
     def forward(self, x):
         y = x if self.shortcut is None else self.shortcut(x)  # (B, outputs, H / stride, W / stride)
-        return F.relu(y if self.branch is None else y + self.branch(x))
+        if self.branch is not None:
+            y = y + drop_path(self.branch(x), self.drop_path, self.training)
+        return F.relu(y)
 
 
 class Stem(nn.Module):
@@ -427,7 +444,7 @@ class ResNet(nn.Module):
             convolutions = Convolutions(shape, CHANNEL_GROUPS, *has.units(f"{name}.0"))
             branch = has.some(name, ResidualBranch, convolutions, make_norm(config.norm, outputs))
             if branch or shape.stride == 2:  # otherwise nothing is left of the block
-                self.blocks[str(i)] = BasicBlock(shape, branch)
+                self.blocks[str(i)] = BasicBlock(shape, branch, config.drop_path)
         self.head = nn.Linear(inputs, config.classes)
 
     def forward(self, x, targets=None):
@@ -532,11 +549,14 @@ def initial_value(model, name, seed):
 # ---- what was trained
 
 FORMAT = 1  # of checkpoints
+# How far a run has come: updates, those of them that were skipped, and how many of the last ones; then tokens
+# or images; then of a worker, in the mean, FLOPs and bytes sent.
+START = {"step": 0, "skipped": 0, "in_a_row": 0, "seen": 0, "flops": 0, "sent_bytes": 0}
 
 
 def read_checkpoint(path):
-    """What train.py has saved: {"step", "skipped", "flags", "config", "fingerprint" of the data, "model":
-    state dict of the whole model, "optimizer": {name: {key: tensor}}, "checksum"}, memory-mapped.
+    """What train.py has saved: {"progress", "flags", "config", "fingerprint" of the data, "model": state dict
+    of the whole model, "optimizer": {name: {key: tensor}}, "checksum"}, memory-mapped.
 
     Raises ValueError in one line where a file is anything else, or damaged: torch does not look at the
     checksums of the zip archive that it is. Nothing in it is executed.
@@ -554,12 +574,11 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
-        weights, numbers = saved["model"], (saved["step"], saved["skipped"], saved["fingerprint"])
-        if saved["config"].get("layers", 0) > len(weights) or not all(
-            type(n) is int and n >= 0 for n in numbers
-        ):
+        weights, flags, numbers = saved["model"], saved["flags"], [saved["fingerprint"]]
+        numbers += [saved["progress"][key] for key in START]
+        fit = all(type(n) is int and n >= 0 for n in numbers)
+        if not fit or saved["config"].get("layers", 0) > len(weights):  # do not build what has no weights
             raise ValueError("its numbers do not fit together")
-        flags = saved["flags"]
         config = CONFIGS[flags["model"]](**saved["config"])
         if type(flags["data"]) is not str or type(flags["data_dir"]) not in (str, type(None)):
             raise ValueError("it does not say what it was trained on")
@@ -647,6 +666,23 @@ def codec(vocabulary):
     return gpt2.encode_ordinary, lambda tokens: gpt2.decode([t for t in tokens if t < gpt2.n_vocab])
 
 
+def save_file(content, path, before=None):
+    """torch.save(content, path), in whole or not at all; what was there is kept as `before`. Raises OSError
+    or RuntimeError."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError):
+        part.unlink(missing_ok=True)
+        raise
+    if before and path.exists():
+        path.replace(before)
+    part.replace(path)
+
+
 def new_file(path):
     """The path, if nothing is there yet, and it can be written. Raises ValueError."""
     path = Path(path)
@@ -662,32 +698,34 @@ def new_file(path):
 def main():
     parser = Parser(description="Use what train.py has trained.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("sample", help="go on with a text, by a GPT")
-    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
-    command.add_argument("--prompt", default="\n", help="the text to go on with (default: a new line)")
-    command.add_argument("--tokens", type=at_least(1), default=200, help="how many to add (default: 200)")
-    command.add_argument(
-        "--temperature", type=at_least(0, float), default=0.8,
-        help="by which logits are divided; 0 takes the most likely token each time (default: 0.8)",
-    )  # fmt: skip
-    command.add_argument("--seed", type=at_least(0), default=0, help="of the choice (default: 0)")
-    command = commands.add_parser("export", help="write the whole model's state dict, as build() loads it")
-    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
-    command.add_argument("file", help="to be written")
-    command = commands.add_parser("export-hf", help="of a GPT: a folder for transformers' LlamaForCausalLM")
-    command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
-    command.add_argument("folder", help="to be made")
+    for command, meaning in (
+        ("sample", "go on with a text, by a GPT"),
+        ("export", "write the whole model's state dict, as build() loads it"),
+        ("export-hf", "of a GPT: a folder for transformers' LlamaForCausalLM"),
+    ):
+        command = commands.add_parser(command, help=meaning)
+        command.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
+    commands.choices["export"].add_argument("file", help="to be written")
+    commands.choices["export-hf"].add_argument("folder", help="to be made")
+    for flag, kind, default, meaning in (
+        ("--prompt", str, "\n", "the text to go on with (default: a new line)"),
+        ("--tokens", at_least(1), 200, "how many to add (default: 200)"),
+        ("--temperature", at_least(0, float), 0.8, "by which logits are divided; 0 takes the most likely"
+         " token each time (default: 0.8)"),
+        ("--seed", at_least(0), 0, "of the choice (default: 0)"),
+    ):  # fmt: skip
+        commands.choices["sample"].add_argument(flag, type=kind, default=default, help=meaning)
     args = parser.parse_args()
     try:
         model = load_model(args.checkpoint)
         if args.command != "export" and not isinstance(model.config, GPTConfig):
             raise ValueError(f"{args.checkpoint}: {args.command} is for a GPT, and this is none")
         if args.command == "export":
-            torch.save(dict(model.state_dict()), new_file(args.file))
+            save_file(dict(model.state_dict()), new_file(args.file))
         elif args.command == "export-hf":
             config, state = as_llama(model)
             files = [new_file(Path(args.folder) / name) for name in ("pytorch_model.bin", "config.json")]
-            torch.save(state, files[0])
+            save_file(state, files[0])
             files[1].write_text(json.dumps(config, indent=1) + "\n")
         else:
             encode, decode = codec(model.config.vocabulary)

@@ -23,7 +23,7 @@ import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Bucket:
     other is one chunk. Chunk c is [edges[c], edges[c + 1]) and of unit[c]; -1 means that all workers have it.
     """
 
-    def __init__(self, parameters, units_of_layer, trains, initial_value, dtype, device):
+    def __init__(self, parameters, units_of_layer, initial_value, dtype, device):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
         initial_value(name) is asked for parameters that reach into the slice, one after another."""
         chunk_units, sizes = [], []
@@ -72,10 +72,6 @@ class Bucket:
             stop - start, dtype=torch.promote_types(dtype, torch.float32), device=device
         )
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
-        trainers = self.has(trains).sum(axis=0)[self.inside]
-        changes = [0, *np.flatnonzero(np.diff(trainers)) + 1, len(trainers)] if len(trainers) else [0]
-        ends = self.inner[changes].tolist()  # [(begin, end, how many train what is in between)] of the slice
-        self.trainers = list(zip(ends, ends[1:], trainers[changes[:-1]].tolist()))
         self.shapes, self.pieces, begin = {n: p.shape for n, p in parameters.items()}, {}, 0
         # {name: (where in the parameter, flattened, what is owned of it begins and ends, that itself)}
         for name, parameter in parameters.items():
@@ -90,6 +86,13 @@ class Bucket:
     def has(self, mask):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
         return np.column_stack([mask, np.full(len(mask), True)])[:, self.unit]  # -1 is the last column
+
+    def count_trainers(self, trains):
+        """Find out by how many the sum of the gradients is to be divided; trains: bool [workers, units]."""
+        trainers = self.has(trains).sum(axis=0)[self.inside]
+        changes = [0, *np.flatnonzero(np.diff(trainers)) + 1, len(trainers)] if len(trainers) else [0]
+        ends = self.inner[changes].tolist()  # [(begin, end, how many train what is in between)] of the slice
+        self.trainers = list(zip(ends, ends[1:], trainers[changes[:-1]].tolist()))
 
     def gather(self, own):
         """{name: tensor of the parameter's shape}, in rank 0's CPU memory, of what each process has for its
@@ -127,13 +130,25 @@ class Route:
         self.runs = runs(has[:, bucket.inside], bucket.inner)  # in the slice, worker by worker
 
 
+def products(a, b):
+    """The dot products a a, b b and a b of two vectors, as floats."""
+    a, b = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (a, b))
+    return [a.dot(a).item(), b.dot(b).item(), a.dot(b).item()]
+
+
+def cosines(of_buckets):
+    """[cosine similarity in each bucket, and of all together], from `products`; None where one is zero."""
+    all_of_them = [*of_buckets, np.sum(of_buckets, axis=0)]
+    return [ab / (aa * bb) ** 0.5 if aa * bb > 0 else None for aa, bb, ab in all_of_them]
+
+
 class Part:
     """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
 
     def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype):
         """trains, reads: bool [processes, chunks]; parameters: {name: parameter of `model`}, on the meta
         device until now; traffic: a Counter of the bytes sent."""
-        self.bucket, self.traffic, self.rank = bucket, traffic, dist.get_rank()
+        self.bucket, self.traffic, self.rank, self.watched = bucket, traffic, dist.get_rank(), False
         self.reads, self.trains = Route(bucket, reads), Route(bucket, trains)
         trained, frozen = (runs(has[[self.rank]], self.reads.before) for has in (trains, reads & ~trains))
         self.order = trained + frozen if trained and frozen else None  # a pull brings them mixed up
@@ -146,6 +161,7 @@ class Part:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, parameter)
             self.trained += [parameter] if parameter.requires_grad else []
+        self.values.untyped_storage().resize_(0)  # until the first turn
 
     def pull(self):
         """Start to fill the parameters with the owners' values. Returns a function that waits for it."""
@@ -171,6 +187,8 @@ class Part:
         torch.cat([send[:0], *(gradient.flatten() for gradient in gradients)], out=send)
         for parameter in self.trained:
             parameter.grad = None
+        if self.watched:
+            self.sent = send.clone()
         received = send.new_empty(sum(self.trains.by_worker))
         wait = self._exchange("push", received, send, self.trains.by_worker, self.trains.by_owner)
 
@@ -208,14 +226,14 @@ class Worker:
             part = Part(bucket, bucket.has(trains), bucket.has(reads), model, own, traffic, dtype)
             self.parts.append(part)
             if name in modules:
-                modules[name].register_forward_pre_hook(lambda *_, number=number: self.fetch(number))
+                modules[name].register_forward_pre_hook(partial(Worker.fetch, weakref.proxy(self), number))
             for parameter in part.trained:
                 # not by a reference: autograd hides it from the garbage collector, and nothing would be freed
                 hook = partial(Worker._gradient_came, weakref.proxy(self), weakref.proxy(part))
                 parameter.register_post_accumulate_grad_hook(hook)
 
     def begin(self, passes=1):
-        """Allocate the parameters, if they were freed, and start to pull them for so many backward passes."""
+        """Allocate the parameters, if they are not, and start to pull them for so many backward passes."""
         for part in self.parts:
             part.values.untyped_storage().resize_(part.values.nbytes)
             part.missing = passes * len(part.trained)  # gradients still to come
@@ -233,7 +251,7 @@ class Worker:
         for part in self.parts:
             part.values.untyped_storage().resize_(0)
 
-    def fetch(self, needed):
+    def fetch(self, needed, *_):
         """Wait until so many parts are there, and start to pull the next one."""
         while self.fetched < needed:
             self.coming()
@@ -259,6 +277,17 @@ class Worker:
         self.finish_push = None  # frees its buffers
         self.finish_push, self.under_way = part.push()
 
+    def watch(self, play, passes):
+        """A turn of play(model). Returns copies of what is pushed, a flat tensor for each part."""
+        for part in self.parts:
+            part.watched = True
+        self.begin(passes)
+        play(self.model)
+        self.end(free=True)
+        for part in self.parts:
+            part.watched = False
+        return [vars(part).pop("sent") for part in self.parts]
+
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
         while self.unsent:
@@ -283,19 +312,27 @@ class SDP:
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
         self.traffic = Counter()  # bytes sent to other processes in all turns, for "pull" and "push"
-        trains, reads = roles(mode, mask)
         with torch.device("meta"):
             whole = build({}, {})
         layers = defaultdict(dict)
         for name, parameter in whole.named_parameters():
             layers[bucket_of(name)][name] = parameter
         numbers, values = columns(units), partial(initial_value, whole)
-        self.buckets = {n: Bucket(p, numbers, trains, values, dtype, device) for n, p in layers.items()}
+        self.buckets = {n: Bucket(p, numbers, values, dtype, device) for n, p in layers.items()}
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]  # matrices; norms and biases
         for bucket in self.buckets.values():
             for name, (_, piece) in bucket.pieces.items():
                 groups[whole.get_parameter(name).dim() == 1]["params"].append(piece)
         self.optimizer = optimizer(groups)
+        self.change(mask, mode)
+
+    def change(self, mask, mode):
+        """From the next step on, train under this mask and mode, by as many workers. Nothing has to move:
+        owners keep what they own, and the next pull brings it to the new holders."""
+        trains, reads = self.trains, _ = roles(mode, mask)
+        for bucket in self.buckets.values():
+            bucket.count_trainers(trains)
+        self.workers = {}  # first let go of the old ones
         rounds = [slice(i, i + self.processes) for i in range(0, len(mask), self.processes)]
         self.workers = {r.start + self.rank: self._worker(trains[r], reads[r], self.traffic) for r in rounds}
 
@@ -357,6 +394,48 @@ class SDP:
                     else of.to(piece.device, copy=True)
                     for key, of in optimizer.get(name, {}).items()
                 }
+
+    def align(self, play, passes=1):
+        """How close the gradients of a step come to the whole model's, by cosine similarity, in [-1, 1]:
+        {"workers": {layer: [of each worker, None where it has no gradient]}, "owners": {layer: number}}, and
+        the same for "all" layers. workers: their gradients beside those of the whole model on the same rows,
+        over the coordinates that they train. owners: the averaged gradient beside the whole model's mean.
+
+        play(worker, model) makes the backward passes of a step, the same each time. Leaves all as it was, but
+        takes the whole model and its gradients, and a copy of its workers' gradients, on each process.
+        """
+        everything = np.ones((self.processes, len(self.units)), bool)
+        whole, traffic = self._worker(everything, everything, Counter()), self.traffic.copy()
+        sent = {
+            number: worker.watch(partial(play, number), passes) for number, worker in self.workers.items()
+        }
+        self.average()
+        means = [bucket.mean.clone() for bucket in self.buckets.values()]
+        self.optimizer.zero_grad(set_to_none=False)
+        self.traffic.clear()
+        self.traffic.update(traffic)
+        found = {}  # {worker: [dot products of a bucket, as of `products`]}
+        for number in self.workers:
+            found[number] = []
+            for bucket, own, all_of_it in zip(
+                self.buckets.values(), sent[number], whole.watch(partial(play, number), passes)
+            ):
+                trained = runs(bucket.has(self.trains)[[number]], bucket.edges)
+                found[number].append(
+                    products(own, torch.cat([all_of_it[:0], *(all_of_it[a:b] for a, b in trained)]))
+                )
+        of_owners = [products(mean, bucket.mean) for mean, bucket in zip(means, self.buckets.values())]
+        self.optimizer.zero_grad(set_to_none=False)
+        of_all = [None] * self.processes
+        dist.all_gather_object(of_all, (found, of_owners))
+        by_worker = dict(sorted(chain(*(of_workers.items() for of_workers, _ in of_all))))
+        owners = np.sum([of for _, of in of_all], axis=0)
+        of_each = [cosines(of) for of in by_worker.values()]
+        names = [*self.buckets, "all"]
+        return {
+            "workers": {name: [each[i] for each in of_each] for i, name in enumerate(names)},
+            "owners": dict(zip(names, cosines(owners))),
+        }
 
     def average(self):
         """Turn the owners' sums into means over the workers that train each parameter."""

@@ -285,6 +285,58 @@ def test_masks_cover_balance_and_connect():
     assert connected > 50
 
 
+def test_masks_in_a_circle():
+    """Cyclic: as even, with neighbours as holders, and where units are many the gap of a circulant graph."""
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        workers, kinds = int(rng.integers(1, 17)), int(rng.integers(1, 4))
+        sizes = rng.integers(1, 20, kinds)
+        units = [Unit(f"layer{k}", f"layer{k}", 3) for k in range(kinds) for _ in range(sizes[k])]
+        holders = int(rng.integers(min(workers, -(-workers // min(sizes))), workers + 1))
+        mask = assign(units, workers, holders, int(rng.integers(1000)), "cyclic")
+        assert (mask.sum(axis=0) == holders).all()
+        for kind in range(kinds):
+            load = mask[:, [unit.kind == f"layer{kind}" for unit in units]].sum(axis=1)
+            assert load.min() >= 1 and load.max() - load.min() <= 1
+        for column in mask.T:  # at most one run, also around the end
+            assert (column & ~np.roll(column, 1)).sum() == (holders < workers)
+    units = [Unit(str(u), "unit", 1) for u in range(16)]
+    share = np.abs(np.exp(2j * np.pi * np.arange(4) / 16).sum() / 4) ** 2  # 4 neighbours of 16
+    assert spectral_gap(assign(units, 16, 4, way="cyclic")) == pytest.approx(1 - share)
+    assert spectral_gap(assign(units, 16, 4)) > 3 * (1 - share)
+
+
+def test_masks_of_a_run():
+    """New ones every so many steps, that cover as the first do; at last backward; by the step alone."""
+    units = [Unit(f"blocks.{u}", "blocks", 1) for u in range(6)]
+    at = masks.plan(lambda k: assign(units, 8, 4, draw=k), "forward", steps=30, resample=4, finish=0.3)
+    again = masks.plan(lambda k: assign(units, 8, 4, draw=k), "forward", steps=30, resample=4, finish=0.3)
+    found = [at(step) for step in range(1, 31)]
+    for step in rng_steps():
+        assert (again(step)[0] == found[step - 1][0]).all() and again(step)[1] == found[step - 1][1]
+    assert [mode for _, mode in found] == ["forward"] * 21 + ["backward"] * 9
+    changes = [s for s, (a, b) in enumerate(zip(found, found[1:]), start=2) if a is not b]
+    assert changes == [5, 9, 13, 17, 21, 22, 25, 29]
+    for mask, _ in found:
+        assert (mask.sum(axis=0) == 4).all() and (mask.sum(axis=1) == 3).all() and spectral_gap(mask) > 0
+    assert len({mask.tobytes() for mask, _ in found}) == 8
+    static = masks.plan(lambda k: k, "backward", steps=10)
+    assert {static(step) for step in range(1, 11)} == {(0, "backward")}
+
+
+def rng_steps():
+    """The steps of a run of 30, in any order."""
+    return np.random.default_rng(0).permutation(np.arange(1, 31)).tolist()
+
+
+def test_masks_sweep(monkeypatch, capsys):
+    run_main(monkeypatch, "masks", "--sweep", "--count", "16")
+    first, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert len(rows) == 10 and first[-3:] == ["C", "=", "1"] and all(row[-1] == "1.000" for row in rows)
+    gaps = {(int(row[0]), row[1]): row[2:] for row in rows}
+    assert gaps[16, "cyclic"][1] == "0.179" and float(gaps[16, "random"][1]) > 0.5  # C = 1/4
+
+
 def test_masks_connect_when_only_a_path_can():
     units = [Unit(str(u), "unit", 1) for u in range(63)]
     mask = assign(units, workers=64, holders=2)  # 63 units of 2 holders: a tree, and balanced means a path
@@ -972,7 +1024,7 @@ def worked_example():
     """The example in the README's section on the files."""
     parameters = {"blocks.0.norm.weight": torch.zeros(3), "blocks.0.mlp.w": torch.zeros(2, 4)}
     mask = np.array([[True, False], [False, True]])
-    bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, mask, parameters.get, torch.float32, "cpu")
+    bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, parameters.get, torch.float32, "cpu")
     route = Route(bucket, bucket.has(mask))
     inside = list(range(*bucket.inside.indices(3)))
     tables = [list(table) for table in (bucket.edges, bucket.unit, bucket.cuts, inside, bucket.inner)]
@@ -1060,10 +1112,10 @@ def steps_of(kind, passes, config):
     optimizer = adamw([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}])
     for step in range(5):
         x, y = batch(step, config=config)
-        args = argparse.Namespace(micro_batches=passes, grad_clip=0.5, workers=n)
+        args = argparse.Namespace(micro_batches=passes, grad_clip=0.5, workers=n, seed=0)
         mine = slice(rank * len(x) // n, (rank + 1) * len(x) // n)
         with Gathered() as gathered:
-            norm, loss, _ = train.update(engine, [(x[mine], y[mine])], args, 1e-2)
+            norm, loss, _ = train.update(engine, {rank: (x[mine], y[mine])}, args, step, 1e-2)
         dense_loss = dense(x, y)
         dense_loss.backward()
         dense_norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.5)
@@ -1100,8 +1152,8 @@ def norms_and_losses(kind, dtype):
         )
         for name, parameter in engine.model.named_parameters():
             assert torch.equal(masters[parameter], exact.get_parameter(name))
-    args = argparse.Namespace(micro_batches=1, grad_clip=0.5, workers=2)
-    return [train.update(engine, [batch(0, rank, rows=4)], args, 1e-3) for _ in range(4)]
+    args = argparse.Namespace(micro_batches=1, grad_clip=0.5, workers=2, seed=0)
+    return [train.update(engine, {rank: batch(0, rank, rows=4)}, args, 1, 1e-3) for _ in range(4)]
 
 
 @pytest.mark.parametrize("kind", engines)
@@ -1210,7 +1262,7 @@ def plan_for_1024():
     gap = spectral_gap(mask)
     like = {"blocks.0.w.a": torch.empty(10_000, 4, device="meta")}
     values = torch.zeros(10_000, 4)
-    bucket = Bucket(like, masks.columns(units), mask, lambda name: values, torch.float32, "cpu")
+    bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu")
     route = Route(bucket, bucket.has(mask))
     seconds = time.perf_counter() - began
     assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(route.by_owner) == 4 * mask[5].sum()
@@ -1234,9 +1286,17 @@ def test_plans_for_1024_workers():
     assert peak < 500e6
 
 
-def gradients_that_arrive(mode, kind, same_batch, config):
+def gradients_that_arrive(mode, kind, same_batch, config, changed=False):
     """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
     engine, (units, mask) = make_engine(mode, kind, 4, config=config), make_mask(kind, 4, config=config)
+    if changed:  # to this mode and mask, from others
+        engine = make_engine("backward" if mode == "forward" else "forward", kind, 4, 0.75, config)
+        for worker in engine.workers:
+            with engine.turn(worker) as model:
+                model(*batch(1, worker, config=config)).backward()
+        engine.step(lr=0.0)
+        mask = assign(units, 4, 2, draw=3)
+        engine.change(mask, mode)
     dense, expected = dense_model(config), []
     for worker in range(4):
         x, y = batch(0, worker=0 if same_batch else worker, config=config)
@@ -1263,6 +1323,94 @@ def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, 
     in_processes(4, gradients_that_arrive, mode, kind, same_batch, config)
     if config == SMALL:
         in_processes(2, gradients_that_arrive, mode, kind, same_batch, config)
+
+
+@pytest.mark.parametrize("mode, kind", SCHEMES)
+def test_after_a_change_of_masks_the_same_holds(in_processes, mode, kind):
+    for n in (4, 2):
+        in_processes(n, gradients_that_arrive, mode, kind, False, SMALL, True)
+
+
+def bytes_alive():
+    found = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in found}.values())
+
+
+def changes_of_masks(number):
+    """The bytes of all tensors after ten changes and after so many, with a step after each; without the
+    garbage collector."""
+    engine, (units, _) = make_engine("forward", "block", 4), make_mask("block", 4)
+    gc.collect()
+    gc.disable()
+    alive, old = [], []
+    try:
+        for change in range(1, number + 1):
+            mask = assign(units, 4, 2, draw=change)
+            assert (mask.sum(axis=0) == 2).all()
+            old += [weakref.ref(worker) for worker in engine.workers.values()]
+            engine.change(mask, "backward" if change % 3 == 0 else "forward")
+            for worker in engine.workers:
+                with engine.turn(worker) as model:
+                    model(*batch(change, worker)).backward()
+            norm, *_ = engine.step(lr=1e-3)
+            assert np.isfinite(norm)
+            if change in (10, number):
+                alive.append(bytes_alive())
+    finally:
+        gc.enable()
+    assert not any(worker() for worker in old)
+    return alive
+
+
+def test_changes_of_masks_leave_nothing_behind(in_processes):
+    for n in (1, 4):
+        for after_ten, after_all in in_processes(n, changes_of_masks, 200):
+            assert after_all <= 1.01 * after_ten  # all workers hold equally much
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def alignment(mode, kind):
+    """What the engine finds, against the dense model; and that it changes nothing."""
+    engine, (units, mask) = make_engine(mode, kind, 4), make_mask(kind, 4)
+    dense, own, whole = dense_model(), [], []
+    for worker in range(4):
+        x, y = batch(0, worker)
+        row = mask[worker] if mode == "forward" else np.ones(len(units), bool)
+        own.append(subnetwork_gradients(dense, x, y, units, row, kind)[1])
+        whole.append(subnetwork_gradients(dense, x, y, units, np.ones(len(units), bool), kind)[1])
+    before = whole_values(engine)
+    found = engine.align(lambda worker, model: model(*batch(0, worker)).backward())
+    assert_close(whole_values(engine), before, 0)
+    assert not engine.traffic and not any(bucket.mean.any() for bucket in engine.buckets.values())
+    assert list(found["workers"]) == list(found["owners"]) == [*engine.buckets, "all"]
+    averaged = mean_over_trainers(own, units, mask)
+    for layer in found["owners"]:
+        names = [name for name in own[0] if layer in (bucket_of(name), "all")]
+        expected = cosine(
+            torch.cat([averaged[n].flatten() for n in names]),
+            torch.cat([sum(each[n] for each in whole).flatten() for n in names]),
+        )
+        assert found["owners"][layer] == pytest.approx(expected, abs=1e-12)
+        for worker, of_worker in enumerate(found["workers"][layer]):
+            rows = {n: rows_of(n, own[0][n], units, mask[worker]) for n in names}
+            a, b = (torch.cat([each[worker][n][rows[n]].flatten() for n in names]) for each in (own, whole))
+            assert len(a) == 0 if of_worker is None else of_worker == pytest.approx(cosine(a, b), abs=1e-12)
+            assert mode == "forward" or of_worker in (None, pytest.approx(1, abs=1e-12))
+    return found
+
+
+@pytest.mark.parametrize("mode, kind", SCHEMES)
+def test_alignment_of_gradients(in_processes, mode, kind):
+    """In backward masking each worker's gradient is that of the whole model; in forward masking it is not."""
+    found = in_processes(4, alignment, mode, kind) + in_processes(2, alignment, mode, kind)
+    assert mode == "backward" or max(found[0]["workers"]["all"]) < 0.99
+    for other in found:
+        for of in ("workers", "owners"):
+            for layer in found[0][of]:
+                assert other[of][layer] == pytest.approx(found[0][of][layer], abs=1e-12)
 
 
 def forward_masked_worker(kind, config):
@@ -1303,7 +1451,9 @@ def pulled_values(mode, kind, dtype):
     engine, (units, mask) = make_engine(mode, kind, 4, dtype=dtype), make_mask(kind, 4)
     masters = owned(engine, lambda bucket: bucket.master)
     (worker,) = engine.workers
+    assert all(part.values.untyped_storage().nbytes() == 0 for part in engine.workers[worker].parts)
     for part in engine.workers[worker].parts:
+        part.values.untyped_storage().resize_(part.values.nbytes)  # as large as `begin` will make it
         part.values.fill_(torch.nan)
     engine.workers[worker].begin()
     engine.workers[worker].fetch(len(engine.workers[worker].parts))
@@ -1883,6 +2033,16 @@ BAD = [  # flags, processes, what the one line must say
     ("--engine zero", 1, ("--engine", "fsdp")),
     ("--bench --workers 4", 1, ("--workers 4", "--bench", "torchrun")),
     ("--bench --engine ddp", 1, ("--engine ddp", "--bench")),
+    ("--assign greedy", 1, ("--assign", "cyclic")),
+    ("--resample -1", 1, ("--resample", "at least 0")),
+    ("--resample 5 --mask none", 1, ("--resample 5", "--mask none")),
+    ("--resample 5 --compile", 1, ("--resample 5", "--compile")),
+    ("--resample 5 --bench", 1, ("--resample 5", "not for --bench")),
+    ("--finish 0.3", 1, ("--finish 0.3", "--mask forward")),
+    ("--finish 1.5 --mask forward", 1, ("--finish 1.5", "at most 1")),
+    ("--drop-path 1", 1, ("--drop-path 1", "below 1")),
+    ("--log-alignment 10 --engine ddp", 1, ("--log-alignment 10", "--engine sdp")),
+    ("--match-flops --engine ddp", 1, ("--match-flops", "--engine sdp")),
     ("--micro-batches 3", 1, ("--batch-size 16", "3 --micro-batches", "such as 12 or 24")),
     ("--device tpu", 1, ("--device", "mps")),
     *([] if torch.cuda.is_available() else [("--device cuda", 1, ("--device cuda", "not on this machine"))]),
@@ -1963,7 +2123,7 @@ def read_log(out):
 def assert_same_checkpoint(found, expected):
     """Bit for bit, by name, but for the flags."""
     found, expected = (torch.load(path, weights_only=True) for path in (found, expected))
-    assert found["step"] == expected["step"] and found["config"] == expected["config"]
+    assert found["progress"] == expected["progress"] and found["config"] == expected["config"]
     assert found["model"].keys() == expected["model"].keys()
     assert found["optimizer"].keys() == expected["optimizer"].keys()
     for name, tensor in expected["model"].items():
@@ -1973,11 +2133,18 @@ def assert_same_checkpoint(found, expected):
         assert all(torch.equal(found["optimizer"][name][key], state[key]) for key in state), name
 
 
-@pytest.mark.parametrize("model, dtype", [("gpt", "float32"), ("gpt", "bfloat16"), ("resnet18", "float32")])
-def test_resume_is_bit_for_bit(monkeypatch, tmp_path, small_cifar, model, dtype):
+CHANGING = "--mask forward --resample 2 --finish 0.34 --drop-path 0.2 --log-alignment 4".split()
+
+
+@pytest.mark.parametrize(
+    "model, dtype, more",
+    [("gpt", "float32", []), ("gpt", "bfloat16", CHANGING), ("resnet18", "float32", CHANGING)],
+    ids=["gpt", "gpt-bfloat16-changing", "resnet18-changing"],
+)
+def test_resume_is_bit_for_bit(monkeypatch, tmp_path, small_cifar, model, dtype, more):
     """From the checkpoint before the last, with a line in the log that was never finished."""
     images = f"--model resnet18 --width 8 --batch-size 8 --bn-batches 1 --data-dir {small_cifar[1]}".split()
-    flags = ["--mask", "backward", "--units", "neuron", "--dtype", dtype, "--steps", "6"]
+    flags = ["--mask", "backward", "--units", "neuron", "--dtype", dtype, "--steps", "6", *more]
     flags += ["--save-every", "2", "--eval-every", "3", "--out"]
     at_once, later, options = tmp_path / "a", tmp_path / "b", {"tiny": images if model != "gpt" else TINY}
     in_process(monkeypatch, *flags, str(at_once), **options)
@@ -1986,13 +2153,18 @@ def test_resume_is_bit_for_bit(monkeypatch, tmp_path, small_cifar, model, dtype)
     with (later / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "lo\n\0\0')  # as after a power cut
     in_process(monkeypatch, *flags, str(later), "--resume", **options)
-    assert torch.load(later / "ckpt.prev.pt", weights_only=True)["step"] == 4
+    assert torch.load(later / "ckpt.prev.pt", weights_only=True)["progress"]["step"] == 4
     assert_same_checkpoint(later / "ckpt.pt", at_once / "ckpt.pt")
     assert [entry["step"] for entry in read_log(later)] == [1, 2, 3, 4, 5, 6]
     assert read_log(later) == read_log(at_once)
     summaries = [json.loads((out / "summary.json").read_text()) for out in (at_once, later)]
-    for key in ("final_val_loss", "per_worker"):
+    phases = [summary.pop("phases") for summary in summaries]
+    for key in ("final_val_loss", *(["per_worker"] if not more else [])):
         assert summaries[0][key] == summaries[1][key]
+    assert [(phase["mask"], phase["steps"]) for phase in phases[1]] == [("backward", 2)]
+    if more:  # the last phase alone is trained after it was resumed
+        assert [(phase["mask"], phase["steps"]) for phase in phases[0]] == [("forward", 4), ("backward", 2)]
+        assert phases[0][1]["per_worker"] == phases[1][0]["per_worker"]
 
 
 def state_on_file(kind, mode, units, path, save):
@@ -2161,7 +2333,10 @@ BAD_CHECKPOINTS = {
     "its first byte": lambda good, _: flipped(good, 0),
     "weights alone": lambda *_: foreign({"w": torch.zeros(3)}),
     "no dictionary": lambda *_: foreign([1, 2]),
-    "a step before the first": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"step": -1}),
+    "a step before the first": lambda good, _: foreign(
+        torch.load(io.BytesIO(good)) | {"progress": models.START | {"step": -1}}
+    ),
+    "no progress": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"progress": {"step": 1}}),
     "no data": lambda good, _: foreign(torch.load(io.BytesIO(good)) | {"flags": {"model": "gpt"}}),
     "half an optimizer": lambda good, _: foreign(
         torch.load(io.BytesIO(good)) | {"optimizer": {"head.weight": {"step": torch.tensor(1.0)}}}
@@ -2392,7 +2567,7 @@ def test_fault_all_are_killed_while_a_checkpoint_is_written(tmp_path, trial):
     run.process.wait()
     left = [out / name for name in ("ckpt.pt", "ckpt.prev.pt") if (out / name).exists()]
     assert left
-    steps = [models.read_checkpoint(path)["step"] for path in left]  # neither is ever broken
+    steps = [models.read_checkpoint(path)["progress"]["step"] for path in left]  # neither is ever broken
     logged = lines(out / "log.jsonl")
     assert steps == list(range(steps[0], steps[0] - len(steps), -1)) and logged - 2 <= steps[0] <= logged
     args = argparse.Namespace(resume="", out=str(out))
@@ -2428,7 +2603,7 @@ def test_fault_preemption(tmp_path, undisturbed, whom):
     assert run.finish() == (1 if whom == "torchrun" else 0), run.text()  # torchrun's own code
     assert "stopped by a signal after step" in run.text()
     last = read_log(out)[-1]["step"]
-    assert 30 <= last < 200 and torch.load(out / "ckpt.pt", weights_only=True)["step"] == last
+    assert 30 <= last < 200 and torch.load(out / "ckpt.pt", weights_only=True)["progress"]["step"] == last
     assert not (out / "summary.json").exists()
     if whom == "a worker":
         run = Launched(tmp_path, 2, *RUN, "--out", str(out), "--resume")
@@ -2449,7 +2624,7 @@ def test_fault_the_disk_is_full(monkeypatch, capsys, tmp_path):
         assert stop.value.code == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert "step 6 could not be saved" in line and "MB are free" in line
-        assert models.read_checkpoint(small / "ckpt.pt")["step"] == 3
+        assert models.read_checkpoint(small / "ckpt.pt")["progress"]["step"] == 3
         assert sorted(path.name for path in small.iterdir()) == ["ckpt.pt", "log.jsonl"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -2463,14 +2638,14 @@ def a_step_that_is_not_finite(kind, bad):
         engine = make_any(kind, SMALL, torch.float64)
         for step, scale in losses:
             rank = dist.get_rank()
-            args = argparse.Namespace(micro_batches=1, grad_clip=1.0, workers=2)
+            args = argparse.Namespace(micro_batches=1, grad_clip=1.0, workers=2, seed=0)
             made = (
                 engine.model.register_forward_hook
                 if kind != "sdp"
                 else engine.workers[rank].model.register_forward_hook
             )
             hook = made(lambda module, inputs, loss: loss * (scale if rank == 1 else 1))
-            norm, loss, _ = train.update(engine, [batch(step, rank)], args, 1e-2)
+            norm, loss, _ = train.update(engine, {rank: batch(step, rank)}, args, step, 1e-2)
             hook.remove()
             assert np.isfinite(norm + loss) == (scale == 1)
         return engine.state()
@@ -2497,7 +2672,7 @@ def test_fault_ten_such_steps_end_the_run(monkeypatch, capsys, tmp_path):
     assert [entry.get("skipped") for entry in log] == [None, *range(1, 11)]
     assert log[-1]["loss"] is None and "NaN" not in (tmp_path / "log.jsonl").read_text()
     saved = models.read_checkpoint(tmp_path / "ckpt.pt")
-    assert saved["step"] == 10 and saved["skipped"] == 9
+    assert saved["progress"]["step"] == 10 and saved["progress"]["skipped"] == 9
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
@@ -2526,7 +2701,10 @@ def what_differs(name):
     facts = {"--lr": 0.1, "torch's version": "2.13.0", "the data's checksum": 1, "--out": None}
     if dist.get_rank() == 1:
         facts[name] = 7
-    train.agree(facts, argparse.Namespace(error=said.append))
+    try:
+        train.agree(facts)
+    except train.Stop as stop:
+        said.append(str(stop))
     return said
 
 
@@ -2561,6 +2739,7 @@ BAD_COMMANDS = [  # what the one line must say
     ("masks.py --coverage 2", ("--coverage 2", "at most 1")),
     ("masks.py --coverage 0.01", ("--coverage 0.01", "0.0625")),
     ("masks.py --seed -1", ("--seed", "at least 0")),
+    ("masks.py --assign best", ("--assign", "cyclic")),
     ("masks.py --layers 3", ("--layers",)),
     ("masks.py --workers 8 --count 2 --coverage 0.125", ("--coverage", "fewer --workers")),
     ("data.py", ("cifar10", "fineweb")),

@@ -21,12 +21,12 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -50,12 +50,14 @@ from model import (
     FORMAT,
     LOGITS,
     SIZES,
+    START,
     build,
     cross_entropy,
     estimate_statistics,
     example,
     initial_value,
     read_checkpoint,
+    save_file,
     units_of,
 )
 from sdp import SDP, add_up, bucket_of
@@ -64,14 +66,18 @@ PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, befor
 BN_BATCH = 64  # images that are normalised together where statistics are estimated
 LAST, BEFORE = "ckpt.pt", "ckpt.prev.pt"  # the files in --out
 OF_MODEL = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags
-OF_DATA = ("model", "data", "data_dir")  # these too come from a checkpoint
-OF_TRAINING = ("label_smoothing", "checkpoint_activations")  # but not these fields of a config
+OF_TRAINING = ("label_smoothing", "checkpoint_activations", "drop_path", "rescale")  # not of the shape
 DEFAULTS = {
     "gpt": {},
     "vit": {"data": "cifar10", "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05},
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
 }  # fmt: skip
+
+
+class Stop(Exception):
+    """What ends a run on all processes, in one line."""
+
 
 # ---- flags
 
@@ -86,6 +92,11 @@ def make_parser():
         ("--units", ("block", "neuron"), "block", "what a mask switches: residual blocks; or attention heads"
          " and groups of hidden neurons, groups of the channels between convolutions"),
         ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
+        ("--assign", masks.WAYS, "random", "how units are dealt out: random, with a search for masks that mix"
+         " the workers well, or cyclic, in a circle, where few share much"),
+        ("--resample", at_least(0), 0, "steps between new masks, 0 = the same ones all along"),
+        ("--finish", at_least(0, float), 0.0, "last fraction of the steps of a forward-masked run that use"
+         " backward masking, with the same masks"),
         ("--keep", str, "none", "blocks that all workers hold: none, ends (the first and the last), strided"
          " (of a ResNet: the first of each stage), or numbers such as 0,5"),
         ("--workers", at_least(1), None, "workers N, a multiple of the processes, which play them in turn"
@@ -119,6 +130,8 @@ def make_parser():
         ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
         ("--label-smoothing", at_least(0, float), 0.0, "of the training loss: share of the target that is"
          " spread over all classes"),
+        ("--drop-path", at_least(0, float), 0.0, "stochastic depth: chance of a sequence or image to skip a"
+         " branch in training"),
         ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
         ("--eval-batches", at_least(1), 20, "batches of a validation on text; images: the whole test set"),
         ("--bn-batches", at_least(1), 16, f"batches of {BN_BATCH} training images, from which a validation"
@@ -130,6 +143,8 @@ def make_parser():
         ("--seed", at_least(0), 0, "of initial values, batches and masks"),
         ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints; without it nothing is"
          " written"),
+        ("--log-alignment", at_least(0), 0, "steps between comparisons of the workers' gradients with the"
+         " whole model's, 0 = never; in these steps each process needs the whole model"),
         ("--save-every", at_least(0), 500, "steps between checkpoints, 0 = only after the last"),
         ("--timeout", at_least(1), 600, "seconds that processes wait for one that does not answer"),
     ):  # fmt: skip
@@ -142,9 +157,13 @@ def make_parser():
         ("--bench", "no training: time SDP in all modes beside DDP and FSDP, into bench.json in --out; all of"
          " them must fit into memory at once"),
         ("--eval-only", "no training: validate the model of --resume"),
+        ("--match-flops", "raise the number of steps until a worker has computed as much as one of the dense"
+         " model would in --steps"),
         ("--overwrite", "replace the run that is in --out"),
     ):  # fmt: skip
         parser.add_argument(flag, action="store_true", help=text)
+    text = "of neuron units: a branch that has only some is not multiplied by units / held units"
+    parser.add_argument("--no-rescale", dest="rescale", action="store_false", help=text)
     text = "go on from a checkpoint; without a file, from the one in --out, if it is there already"
     parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help=text)
     return parser
@@ -162,11 +181,9 @@ def parse(argv=None):
     except (ValueError, OSError) as error:
         parser.error(f"--resume: {error}")
     dense = {"mask": "none"} if args.engine != "sdp" or args.eval_only else {}
-    of_saved = saved["flags"] | vars(saved["config"]) if saved else {}
-    parser.set_defaults(**DEFAULTS[of_saved.get("model", args.model)] | dense)
-    parser.set_defaults(**{flag: of_saved[flag] for flag in (*OF_DATA, *OF_MODEL) if flag in of_saved})
-    given = {flag for flag in OF_MODEL if getattr(args, flag) is not None}
-    return parser, parser.parse_args(argv), saved and saved | {"given": given}
+    learnt = {flag: saved["flags"][flag] for flag in ("model", "data", "data_dir")} if saved else {}
+    parser.set_defaults(**DEFAULTS[learnt.get("model", args.model)] | dense | learnt)
+    return parser, parser.parse_args(argv), saved
 
 
 def checkpoint_to_resume(args):
@@ -186,50 +203,50 @@ def restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def make_config(args, shape):
+def make_config(args, shape, saved=None):
     """The config of --model for data of that shape, such as {"classes": 10, "image": 32}: the preset of
-    --size, then whatever flags were given. Raises ValueError where one does not fit the model."""
+    --size, or what a checkpoint has, then whatever flags were given. Raises ValueError where one does not fit
+    the model or contradicts the checkpoint."""
     known, sizes = {field.name for field in fields(CONFIGS[args.model])}, SIZES[args.model]
     if not shape.keys() <= known:
         raise ValueError(f"--data {args.data}: is not for --model {args.model}; choose another of the two")
     if args.size and args.size not in sizes:
         there_are = f"has {', '.join(sizes)}" if sizes else "has none, but a --width"
         raise ValueError(f"--size {args.size}: --model {args.model} {there_are}")
+    before = {key: v for key, v in vars(saved["config"]).items() if key not in OF_TRAINING} if saved else {}
     fitting = [size for size in sizes if size != "cifar" or shape["image"] <= 64]
-    chosen = dict(sizes.get(args.size or next(iter(fitting), None), {}))
-    for flag in OF_MODEL:
-        if (value := getattr(args, flag)) is not None:
-            if flag not in known:
-                raise ValueError(f"--{flag} {value}: is not for --model {args.model}")
-            chosen[flag] = value
-    return CONFIGS[args.model](**(chosen | shape), **{flag: getattr(args, flag) for flag in OF_TRAINING})
-
-
-def compare(args, config, saved):
-    """Raises ValueError where flags contradict the checkpoint that is to be gone on from."""
-    preset = {
-        k: v for k, v in SIZES[args.model].get(args.size, {}).items() if k not in saved["given"]
-    }.items()
-    of_data = {"vocabulary": "data", "classes": "data-dir", "image": "data-dir"}
-    for field, value in chain(preset, vars(config).items()):
-        if field not in OF_TRAINING and value != (was := getattr(saved["config"], field)):
-            flag = "size" if (field, value) in preset else of_data.get(field, field)
+    chosen = before | shape if saved else sizes.get(args.size or next(iter(fitting), None), {}) | shape
+    asked = {"--data-dir" if args.data_dir else "--data": shape, "--size": sizes.get(args.size, {})}
+    asked |= {
+        f"--{flag}": {flag: getattr(args, flag)} for flag in OF_MODEL if getattr(args, flag) is not None
+    }
+    said = {}  # {field: who has asked for its value}
+    for flag, values in asked.items():
+        for field, value in values.items():
+            said[field] = f"{flag} {getattr(args, flag[2:].replace('-', '_'))}"
+            if field not in known:
+                raise ValueError(f"{said[field]}: is not for --model {args.model}")
+            chosen[field] = value
+    for field, was in before.items():
+        if (value := chosen[field]) != was:
             raise ValueError(
-                f"--{flag} {getattr(args, flag.replace('-', '_'))}: the checkpoint {saved['path']} has a "
-                f"{field} of {was}, not {value}; leave the flag out"
+                f"{said[field]}: the checkpoint {saved['path']} has a {field} of {was}, not {value}; "
+                "leave the flag out"
             )
-    keys = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "sgd": {"momentum_buffer"}}[args.optimizer]
-    if not all(of.keys() == keys for of in saved["optimizer"].values()) and not args.eval_only:
-        raise ValueError(f"--optimizer {args.optimizer}: {saved['path']} has the state of another optimizer")
+    return CONFIGS[args.model](**chosen, **{flag: getattr(args, flag) for flag in OF_TRAINING})
 
 
 def check(args, processes, parser, saved=None):
     """Complete and check the flags; the first wrong one ends the program. saved: the checkpoint to go on
-    from. Returns what they lead to: (the whole model on the meta device, data, kept blocks, units, mask)."""
+    from. Returns what they lead to: (the whole model on the meta device, data, kept blocks, units, a function
+    draw(k) -> the k-th mask)."""
     fail = parser.error
     for flag in ("model", "data") if saved else ():
         if (value := getattr(args, flag)) != (was := saved["flags"][flag]):
             fail(f"--{flag} {value}: the checkpoint {saved['path']} was trained with {was}; leave it out")
+    keys = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "sgd": {"momentum_buffer"}}[args.optimizer]
+    if saved and not args.eval_only and not all(of.keys() == keys for of in saved["optimizer"].values()):
+        fail(f"--optimizer {args.optimizer}: {saved['path']} has the state of another optimizer")
     if args.eval_only and (not saved or args.bench):
         fail("--eval-only: needs a checkpoint, --resume FILE" + ", and no --bench" * args.bench)
     if args.bench and args.resume is not None:
@@ -238,6 +255,17 @@ def check(args, processes, parser, saved=None):
         fail(f"--mask {args.mask}: is for --engine sdp; --engine {args.engine} trains the dense model")
     if args.bench and args.engine != "sdp":
         fail(f"--engine {args.engine}: not together with --bench, which runs all of them")
+    for flag in ("resample", "finish", "log_alignment", "match_flops"):
+        if (value := getattr(args, flag)) and (args.bench or args.engine != "sdp"):
+            said = f"--{flag.replace('_', '-')}{'' if value is True else f' {value:g}'}"
+            fail(f"{said}: is for training with --engine sdp" + ", not for --bench" * args.bench)
+    if args.resample and (args.mask == "none" or args.compile):
+        why = "--compile would compile at each change" if args.compile else "--mask none has no masks"
+        fail(f"--resample {args.resample}: {why}; leave one of them out")
+    if args.finish and (args.mask != "forward" or args.finish > 1):
+        fail(f"--finish {args.finish:g}: must be at most 1, such as 0.3, and is for --mask forward")
+    if args.drop_path >= 1:
+        fail(f"--drop-path {args.drop_path:g}: must be below 1, such as 0.1")
     alone, unasked = processes == 1 and args.mask != "none" and not args.bench, args.workers is None
     args.workers = args.workers or (4 if alone else processes)
     if args.workers % processes:
@@ -259,20 +287,20 @@ def check(args, processes, parser, saved=None):
         fail(f"--label-smoothing {args.label_smoothing:g}: must be at most 1, such as 0.1")
     try:
         masks.check_coverage(args.coverage)  # also where it decides nothing
-        text = {"context": args.context, "tests": args.eval_batches * args.batch_size}
+        context = args.context or (saved and getattr(saved["config"], "context", None))
+        text = {"context": context, "tests": args.eval_batches * args.batch_size}
         load_data = cache(lambda: load(args.data, args.data_dir, args.data_url, **text))
         shape = shape_of(args.data) or load_data().shape  # a download comes after all flags are checked
-        config = make_config(args, shape)
-        if saved:
-            compare(args, config, saved)
+        config = make_config(args, shape, saved)
         with torch.device("meta"):
             whole = build(config)
             kept = masks.kept_blocks(args.keep, len(whole.blocks), whole.first_of_stage)
             units = units_of(whole, args.units, kept)
-        mask = np.ones((args.workers, len(units)), dtype=bool)
-        if args.mask != "none" or args.bench:
-            holders = masks.holders_per_unit(args.coverage, args.workers)
-            mask = masks.assign(units, args.workers, holders, args.seed)
+        masked, full = args.mask != "none" or args.bench, np.ones((args.workers, len(units)), dtype=bool)
+        holders = masks.holders_per_unit(args.coverage, args.workers) if masked else args.workers
+        deal = partial(masks.assign, units, args.workers, holders, args.seed, args.assign)
+        draw = lru_cache(1)(deal if masked else lambda number: full)
+        draw(draw=0) if masked else None
         writes = args.out and os.environ.get("RANK", "0") == "0" and not args.eval_only
         goes_on = args.resume == "" or restarted() or (saved and saved["of_out"])
         if writes:
@@ -284,13 +312,11 @@ def check(args, processes, parser, saved=None):
     updates = 20 if args.bench else 300
     updates = math.ceil(args.epochs * data.rows / args.batch_size) if args.epochs else updates
     args.steps = args.steps or updates
-    if saved and not args.eval_only and saved["step"] > args.steps:
-        fail(f"--steps {args.steps}: the checkpoint {saved['path']} has {saved['step']} already; choose more")
     if alone and unasked:
         print(f"one process and no --workers: it plays {args.workers} workers, one after another")
     elif alone and args.workers == 1:
         print("--workers 1: one worker holds everything, whatever the mask")
-    return whole, data, kept, units, mask
+    return whole, data, kept, units, draw
 
 
 def prepare_out(out, names, overwrite):
@@ -391,23 +417,24 @@ def without_the_past(store, rank, processes):
         time.sleep(0.02)
 
 
-def leave():
-    """End the process group, all together. Destroying it holds Python's lock, which gloo's threads need for a
-    moment after the last traffic, to free its tensors: without the pause torch 2.6 sometimes hangs here."""
-    dist.barrier()
+def leave(together=True):
+    """End the process group. Destroying it holds Python's lock, which gloo's threads need for a moment after
+    the last traffic, to free its tensors: without the pause torch 2.6 sometimes hangs here."""
+    if together:
+        dist.barrier()
     time.sleep(0.1)
     dist.destroy_process_group()
 
 
-def agree(facts, parser):
-    """End the program where a fact, {name: value}, is not the same on all processes: later that would
+def agree(facts):
+    """Raises Stop where a fact, {name: value}, is not the same on all processes: later that would
     hang."""
     of_all = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, facts)
     for rank, others in enumerate(of_all):
         for name, value in of_all[0].items():
             if others[name] != value:
-                parser.error(
+                raise Stop(
                     f"{name}: {value!r} on rank 0, but {others[name]!r} on rank {rank}; must be the same"
                 )
 
@@ -432,6 +459,7 @@ class Dense:
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.kind, self.build, self.device, self.dtype = kind, build, device, dtype
         self.workers, self.whole_bytes, self.grad_bytes = {self.rank: None}, 0, 0
+        self.traffic = Counter()
         wide = torch.promote_types(dtype, torch.float32)
         with torch.device("meta"):
             self.model = build()
@@ -515,7 +543,17 @@ class Dense:
                     parameter.data.copy_(master)
                 master.grad = parameter.grad = None
         self.model.zero_grad()  # of a step that was left out
+        self._count_traffic()
         return norm, *sums
+
+    def _count_traffic(self):
+        """As it is by construction: a ring; or in each pass an all-gather of each block forward and backward,
+        and of the rest once, and a reduce-scatter in the last pass."""
+        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
+        half = ring_half(sum(sizes.values()), self.processes, self.dtype)
+        again = sum(n for name, n in sizes.items() if name.startswith("blocks."))
+        gathered = half + ring_half(again, self.processes, self.dtype)
+        self.traffic.update(push=half, pull=gathered * self.of_step if self.kind == "fsdp" else half)
 
     def state(self):
         model, moments, names = {}, {}, {p: name for name, p in self.model.named_parameters()}
@@ -544,14 +582,9 @@ class Dense:
                 optimizer.state[master] = {key: like(of, master) for key, of in moments.get(name, {}).items()}
 
     def costs(self):
-        """As `worker_costs`. Traffic as it is by construction: a ring; or in each pass an all-gather of each
-        block forward and backward, and of the rest once, and a reduce-scatter in the last pass. FSDP's
-        gradients are counted without those on their way, but between passes all of them are there."""
-        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        params, sharded = sum(sizes.values()), self.kind == "fsdp"
-        half = ring_half(params, self.processes, self.dtype)
-        again = sum(n for name, n in sizes.items() if name.startswith("blocks."))
-        gathered = half + ring_half(again, self.processes, self.dtype)
+        """As `worker_costs`. FSDP's gradients are counted without those on their way, but between passes all
+        of them are there."""
+        params, sharded = sum(p.numel() for p in self.model.parameters()), self.kind == "fsdp"
         kept = params * self.dtype.itemsize if sharded and self.of_step > 1 else 0
         pairs = [pair for pairs, _ in self.layers for pair in pairs]
         masters = [local(master) for parameter, master in pairs if master is not parameter]
@@ -564,9 +597,6 @@ class Dense:
             "weight_bytes": weights + self.whole_bytes,
             "grad_bytes": self.grad_bytes + kept,
             "optimizer_bytes": sum(t.nbytes for t in (*moments, *masters)),
-            "peak_bytes": peak_bytes(self.device),
-            "push_bytes": half,
-            "pull_bytes": gathered * self.of_step if sharded else half,
         }
 
 
@@ -646,21 +676,43 @@ def worker_costs(engine, worker, steps):
     Optimizer: the owned slices of the master copy, and what the optimizer keeps for each of their elements. A
     process's traffic is divided evenly among the workers that it played.
     """
+    turns = steps * len(engine.workers)
+    traffic = {f"{kind}_bytes": round(engine.traffic[kind] / turns) for kind in ("push", "pull")}
+    traffic["peak_bytes"] = peak_bytes(engine.device)
     if isinstance(engine, Dense):
-        return engine.costs()
+        return engine.costs() | traffic
     parts, buckets = engine.workers[worker].parts, engine.buckets.values()
     moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim() > 0]
-    turns = steps * len(engine.workers)
-    return {
+    return traffic | {
         "worker": worker,
         "held_params": sum(p.numel() for part in parts for p in part.trained),
         "weight_bytes": sum(part.values.nbytes for part in parts),
         "grad_bytes": engine.workers[worker].grad_bytes + sum(bucket.mean.nbytes for bucket in buckets),
         "optimizer_bytes": sum(t.nbytes for t in (*moments, *(bucket.master for bucket in buckets))),
-        "peak_bytes": peak_bytes(engine.device),
-        "push_bytes": round(engine.traffic["push"] / turns),
-        "pull_bytes": round(engine.traffic["pull"] / turns),
     }
+
+
+def gather_costs(engine, costs, steps):
+    """[`worker_costs` and `measure` of each worker], of all processes, for so many steps."""
+    own = [worker_costs(engine, worker, steps) | costs[worker] for worker in engine.workers]
+    of_all = [None] * engine.processes
+    dist.all_gather_object(of_all, own)
+    return sorted(chain(*of_all), key=lambda costs: costs["worker"])
+
+
+def over_phases(phases):
+    """One row a worker from the phases of a run: memory at its highest, the rest per step in the mean."""
+    rows, steps = [], sum(phase["steps"] for phase in phases)
+    for of_worker in zip(*(phase["per_worker"] for phase in phases)):
+        rows.append({})
+        for key, value in of_worker[0].items():
+            values = [of_phase[key] for of_phase in of_worker]
+            if key in ("flops", "push_bytes", "pull_bytes"):
+                value = round(sum(v * phase["steps"] for v, phase in zip(values, phases)) / steps)
+            elif value is not None:
+                value = max(values)
+            rows[-1][key] = value
+    return rows
 
 
 def table(per_worker, dense):
@@ -685,30 +737,14 @@ def table(per_worker, dense):
 # ---- what outlasts a run
 
 
-def write_checkpoint(folder, content):
-    """Write ckpt.pt, and keep the one before as ckpt.prev.pt: at any moment one of them is there and whole.
-    Raises OSError or RuntimeError where it cannot be written, and leaves both as they were."""
-    part, last = folder / f"{LAST}.part", folder / LAST
-    try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError):
-        part.unlink(missing_ok=True)
-        raise
-    if last.exists():
-        last.replace(folder / BEFORE)
-    part.replace(last)
-
-
 def open_log(out, saved):
     """log.jsonl to append to: empty, or with the steps that the checkpoint has, and none after them."""
     path, lines = out / "log.jsonl", []
     if saved and saved["of_out"] and path.exists():
         for line in path.read_text(errors="replace").splitlines(keepends=True):
             try:
-                lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= saved["step"])
+                last = saved["progress"]["step"]
+                lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= last)
             except ValueError:
                 break  # what a power cut may leave
     part = out / "log.jsonl.part"
@@ -816,72 +852,136 @@ def evaluate(engine, data, args, device):
 
 
 def load_batches(data, engine, args, step, device):
-    """[(x, y)] for the workers of this process, rows that depend on the step and the worker alone."""
-    rows = args.batch_size // args.workers
-    mine = [slice(worker * rows, (worker + 1) * rows) for worker in engine.workers]
-    return [data.batch(args.seed, step, args.batch_size, some, device) for some in mine]
+    """{worker: (x, y)} for this process's workers, rows that depend on the step and the worker alone."""
+    rows, found = args.batch_size // args.workers, {}
+    for worker in range(engine.rank, args.workers, engine.processes):
+        own = slice(worker * rows, (worker + 1) * rows)
+        found[worker] = data.batch(args.seed, step, args.batch_size, own, device)
+    return found
+
+
+def rehearsal(engine, config, args, device, run):
+    """run(model, a batch of zeros, as large as one pass's) for each worker, with nothing to wait for."""
+    rows = args.batch_size // args.workers // args.micro_batches
+    engine.rehearse(lambda model: run(model, *(tensor.to(device) for tensor in example(config, rows))))
 
 
 def measure(engine, config, args, device):
     """{worker: what `measured` finds in a step}, in a rehearsal: to look on changes the last bits."""
-    rows, found = args.batch_size // args.workers // args.micro_batches, []
+    found = []
 
-    def run(model):
-        x, y = (tensor.to(device) for tensor in example(config, rows))
+    def run(model, x, y):
         with measured(model.parameters) as cost:
             model(x, y).backward()
         found.append(cost | {"flops": cost["flops"] * args.micro_batches})
 
-    engine.rehearse(run)
+    rehearsal(engine, config, args, device, run)
     return dict(zip(engine.workers, found))
 
 
-def update(engine, batches, args, lr, stop=0):
-    """One step on [(x, y)] of this process's workers. Returns (norm of the gradient, mean loss, `stop` summed
-    over the processes)."""
-    loss_sum, passes = 0.0, args.micro_batches
-    for worker, (x, y) in zip(engine.workers, batches):
-        losses = []
-        with engine.turn(worker, passes) as model:
-            for some_x, some_y in zip(x.chunk(passes), y.chunk(passes)):
-                loss = model(some_x, some_y)  # x: (rows, context) or (rows, 3, image, image)
-                (loss / passes).backward()
-                losses.append(loss.detach())
-        loss_sum += torch.stack(losses).mean().item()
-    norm, loss_sum, stop = engine.step(lr, args.grad_clip, loss_sum, stop)
-    return norm, loss_sum / args.workers, stop
+def measure_modes(engine, mask, mode, config, args, device):
+    """({mode: what `measure` finds} for the modes that a run has, {mode: FLOPs of a step, the mean over the
+    workers}). `mode` is the one that the engine is in, and stays in."""
+    costs = {}
+    for each in [args.mask] + ["backward"] * (args.finish > 0):
+        if args.finish:
+            engine.change(mask, each)
+        costs[each] = measure(engine, config, args, device)
+    if args.finish:
+        engine.change(mask, mode)
+    totals = add_up([sum(of["flops"] for of in of_mode.values()) for of_mode in costs.values()])
+    return costs, {each: round(total / args.workers) for each, total in zip(costs, totals)}
 
 
-def train(engine, data, args, device, log, store, save, came, done=0, skipped=0):
-    """The loop, after `done` steps, of which so many were skipped. Writes each step to `log`, a file or None,
-    and to the store; calls save(step, skipped). A signal that `came` to any process stops all of them. Raises
-    ArithmeticError after PATIENCE skipped steps in a row. Returns (last step, skipped steps, median step time
-    in ms, (loss, accuracy) of `evaluate`)."""
+def compile_now(engine, config, args, device):
+    """With --compile: each worker has graphs of its own, and others would wait for it in the first pull."""
+    if args.compile:
+        try:
+            rehearsal(engine, config, args, device, lambda model, x, y: model(x, y).backward())
+        except Exception as error:  # there can be anything wrong with a compiler
+            reason = " ".join(str(error).split())[:200]
+            raise Stop(f"--compile: does not work here ({reason}); leave it out") from None
+        dist.barrier()
+
+
+def play(batches, args, step, worker, model):
+    """The backward passes of a worker in a step; batches: {worker: (x, y)}. Returns the mean loss."""
+    torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of --drop-path
+    losses = []
+    for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
+        loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
+        (loss / args.micro_batches).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
+
+
+def update(engine, batches, args, step, lr, *numbers):
+    """One step on {worker: (x, y)}. Returns (norm of the gradient, mean loss, numbers summed over the
+    processes; of these the first is what the process has sent in this step, in bytes)."""
+    loss_sum, before = 0.0, engine.traffic.total()
+    for worker in engine.workers:
+        with engine.turn(worker, args.micro_batches) as model:
+            loss_sum += play(batches, args, step, worker, model)
+    sent = engine.traffic.total() - before
+    norm, loss_sum, *sums = engine.step(lr, args.grad_clip, loss_sum, sent, *numbers)
+    return norm, loss_sum / args.workers, *sums
+
+
+def train(engine, at, costs, flops, config, data, args, device, log, store, save, came, progress):
+    """The loop, from where `progress` is, a dict like START that goes on with it. at(step) -> (mask, mode);
+    costs, flops: from `measure_modes`. Writes each step to `log`, a file or None, and to the store; calls
+    save(). A signal that `came` to any process stops all of them. Raises Stop after PATIENCE skipped steps in
+    a row. Returns what `summarise` needs: (phases, alignments, median step time in ms, (loss, accuracy) of
+    `evaluate`)."""
     what, each = ("images", "image") if isinstance(data, Images) else ("tokens", "token")
-    milliseconds, found, in_a_row = [], None, 0
-    steps, quiet = range(done + 1, args.steps + 1), engine.rank != 0
+    milliseconds, phases, alignments, found, done = [], [], [], None, progress["step"]
+
+    def end_phase(mode):
+        steps = progress["step"] - done - sum(phase["steps"] for phase in phases)
+        phase = {"mask": mode, "steps": steps, "step_ms_median": median(milliseconds[-steps:])}
+        phases.append(phase | {"per_worker": gather_costs(engine, costs[mode], steps)})
+        engine.traffic.clear()
+
     with (
         ThreadPoolExecutor(1) as loader,
-        tqdm(steps, initial=done, total=args.steps, disable=quiet, unit="step", mininterval=0.5) as bar,
-    ):
-        coming = loader.submit(load_batches, data, engine, args, done + 1, device)
+        tqdm(
+            range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=engine.rank != 0,
+            unit="step", mininterval=0.5,
+        ) as bar,
+    ):  # fmt: skip
+        coming, now = loader.submit(load_batches, data, engine, args, done + 1, device), at(done + 1)
         for step in bar:
             store.set(last_sign(engine.rank), str(step))
+            if (after := at(step)) is not now:
+                if after[1] != now[1]:
+                    end_phase(now[1])
+                now = after
+                engine.change(*now)
+                compile_now(engine, config, args, device)
             began = time.perf_counter()
             batches = coming.result()
             coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps), device)
+            alignment = {}
+            if args.log_alignment and step % args.log_alignment == 0:
+                alignment = engine.align(partial(play, batches, args, step), args.micro_batches)
+                alignments.append(alignment)
+                began = time.perf_counter()
             lr = learning_rate(step, args)
-            norm, loss, stop = update(engine, batches, args, lr, len(came))
+            norm, loss, sent, stop = update(engine, batches, args, step, lr, len(came))
             seconds = time.perf_counter() - began
 
-            of_batch = batches[0][1].numel() * args.workers
-            entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-            entry |= {"step_ms": 1e3 * seconds, what: step * of_batch}
-            milliseconds.append(entry["step_ms"])
-            in_a_row = 0 if math.isfinite(norm + loss) else in_a_row + 1
-            if in_a_row:
-                skipped += 1
-                entry |= {"loss": None, "grad_norm": None, "skipped": skipped}
+            fine, of_batch = math.isfinite(norm + loss), batches[engine.rank][1].numel() * args.workers
+            progress["step"], progress["seen"] = step, progress["seen"] + of_batch
+            progress["skipped"] += not fine
+            progress["in_a_row"] = 0 if fine else progress["in_a_row"] + 1
+            progress["flops"] += flops[now[1]]
+            progress["sent_bytes"] += round(sent / args.workers)
+            milliseconds.append(1e3 * seconds)
+            entry = {"step": step, "loss": number(loss), "lr": lr, "grad_norm": number(norm)}
+            entry |= {"step_ms": milliseconds[-1], what: progress["seen"]}
+            entry |= {key: progress[key] for key in ("flops", "sent_bytes")}
+            entry |= {} if fine else {"loss": None, "grad_norm": None, "skipped": progress["skipped"]}
+            entry |= {"alignment": alignment} if alignment else {}
             speed = f"{of_batch / seconds:,.0f} {what}/s"
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed}", refresh=False)
             if step == args.steps or (args.eval_every and step % args.eval_every == 0):
@@ -893,16 +993,17 @@ def train(engine, data, args, device, log, store, save, came, done=0, skipped=0)
                     )
             if log:
                 print(json.dumps(entry), file=log, flush=True)
-            if in_a_row == PATIENCE:
-                raise ArithmeticError(
+            if progress["in_a_row"] == PATIENCE:
+                raise Stop(
                     f"loss or gradient were infinite or NaN in {PATIENCE} steps in a row, up to step {step}, "
                     "and none of them was applied; --lr may be too high"
                 )
             if stop:
                 break
             if args.save_every and step % args.save_every == 0 and step < args.steps:
-                save(step, skipped)  # the last one is saved when all else is done
-    return step, skipped, median(milliseconds), found
+                save()  # the last one is saved when all else is done
+    end_phase(now[1])
+    return phases, alignments, median(milliseconds), found
 
 
 def bench(engines, config, data, args, device):
@@ -912,27 +1013,28 @@ def bench(engines, config, data, args, device):
     found = {}
     for name, make in engines.items():
         engine = make()
+        compile_now(engine, config, args, device)
         costs = measure(engine, config, args, device)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         batches = [load_batches(data, engine, args, step, device) for step in (1, 2)]
-        for batch in batches:
-            update(engine, batch, args, args.lr)
-        own = worker_costs(engine, engine.rank, 2) | costs[engine.rank]
+        for step, batch in enumerate(batches):
+            update(engine, batch, args, step, args.lr)
+        of_all = gather_costs(engine, costs, 2)
+        found[name] = {key: max(of[key] for of in of_all) for key in of_all[0] if of_all[0][key] is not None}
         del engine
         gc.collect()
-        of_all = [None] * dist.get_world_size()
-        dist.all_gather_object(of_all, own)
-        found[name] = {key: max(of[key] for of in of_all) for key in own if own[key] is not None}
     made = {name: make() for name, make in engines.items()}
+    for engine in made.values():
+        compile_now(engine, config, args, device)
     batches, seconds = batches * (args.steps // 2 + 2), {name: [] for name in made}
     for step in tqdm(range(3 + args.steps), disable=dist.get_rank() != 0, unit="round"):
         for name in sorted(made, key=lambda name: (list(made).index(name) + step) % len(made)):
             dist.barrier()
             began = time.perf_counter()
-            update(made[name], batches[step], args, args.lr)
+            update(made[name], batches[step], args, step, args.lr)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             dist.barrier()  # until the slowest is there
@@ -970,11 +1072,12 @@ def bench_table(found):
 def main(argv=None):
     parser, args, saved = parse(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    whole, data, kept, units, mask = check(args, processes, parser, saved)
+    plan = check(args, processes, parser, saved)
     device, store = start(args, parser)
     try:
-        run(args, parser, saved, whole, data, kept, units, mask, device, store)
-    except (ArithmeticError, OSError) as error:
+        run(args, saved, *plan, device, store)
+    except (Stop, OSError) as error:
+        leave(together=False)  # or C++ may abort when threads of it are left at the end
         parser.error(str(error))
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
@@ -982,39 +1085,33 @@ def main(argv=None):
         name_the_silent(store)
 
 
-def run(args, parser, saved, whole, data, kept, units, mask, device, store):
+def run(args, saved, whole, data, kept, units, draw, device, store):
     """What the flags ask for, in all processes together."""
-    processes, dtype = dist.get_world_size(), getattr(torch, args.dtype)
+    processes, dtype, config = dist.get_world_size(), getattr(torch, args.dtype), whole.config
+    fingerprint, progress = data.fingerprint(), dict(saved["progress"] if saved else START)
+    at = masks.plan(draw, args.mask, args.steps, args.resample, args.finish)
+    done, (mask, mode) = progress["step"], at(progress["step"] + 1)
     local = {"out", "data_dir", "data_url", "resume"}  # rank 0's alone, and wherever the same files are
     facts = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in local}
-    facts |= {"the data's checksum": data.fingerprint(), "torch's version": torch.__version__}
+    facts |= {"the data's checksum": fingerprint, "torch's version": torch.__version__}
     facts |= {"the checkpoint's checksum": saved and saved["checksum"], "an --out": bool(args.out)}
-    agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())}, parser)
+    agree(facts | {"the masks' checksum (numpy)": zlib.crc32(mask.tobytes())})
     out = Path(args.out) if args.out and dist.get_rank() == 0 else None
-    if out and not (args.bench or args.eval_only or (saved and saved["of_out"])):
+    of_out = saved and saved["of_out"]
+    if out and of_out and saved["path"].name == BEFORE and not args.eval_only:
+        saved["path"].replace(out / LAST)  # which is damaged, and would soon be kept in place of this one
+    elif out and not (of_out or args.bench or args.eval_only):
         for name in (LAST, BEFORE):  # soon: a restart by torchrun would take them for its own
             (out / name).unlink(missing_ok=True)
 
-    def make(kind, mode="none"):
+    def make(kind, mask=None, mode=None):
         optimizer, first = make_optimizer(args), partial(initial_value, seed=args.seed)
         if kind == "sdp":
-            of_mode = np.ones_like(mask) if mode == "none" else mask
-            engine = SDP(make_model, first, optimizer, units, of_mode, mode, dtype, device)
-        else:
-            engine = Dense(kind, make_model, first, optimizer, dtype, device)
-        if args.compile:  # each worker has graphs of its own, and others would wait for it in the first pull
-            rows = args.batch_size // args.workers // args.micro_batches
-            x, y = (tensor.to(device) for tensor in example(whole.config, rows))
-            try:
-                engine.rehearse(lambda model: model(x, y).backward())
-            except Exception as error:  # there can be anything wrong with a compiler
-                reason = " ".join(str(error).split())[:200]
-                parser.error(f"--compile: does not work here ({reason}); leave it out")
-            dist.barrier()
-        return engine
+            return SDP(make_model, first, optimizer, units, mask, mode, dtype, device)
+        return Dense(kind, make_model, first, optimizer, dtype, device)
 
     def make_model(trained=None, frozen=None):
-        model = build(whole.config, trained, frozen)
+        model = build(config, trained, frozen)
         for block in model.blocks.values() if args.compile else ():
             torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
             block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
@@ -1037,23 +1134,36 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
         )
 
     if args.bench:
-        modes = {f"sdp-{mode}": partial(make, "sdp", mode) for mode in masks.MODES}
+        modes = {f"sdp-{mode}": partial(make, "sdp", mask, mode) for mode in masks.MODES}
+        modes["sdp-none"] = partial(make, "sdp", np.ones_like(mask), "none")
         engines = {engine: partial(make, engine) for engine in ("ddp", "fsdp")} | modes
-        found = bench(engines, whole.config, data.to(device), args, device)
+        found = bench(engines, config, data.to(device), args, device)
         if dist.get_rank() == 0:
             print(bench_table(found))
         leave()
         if out:
             (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         return
-    engine, done, skipped, fingerprint = make(args.engine, args.mask), 0, 0, data.fingerprint()
-    data = data.to(device)
+    engine, data = make(args.engine, mask, mode), data.to(device)
     if saved:
         engine.load(saved.pop("model"), saved.pop("optimizer"))  # and let go of the file
-        done, skipped = saved["step"], saved["skipped"]
         if engine.rank == 0:
             other = "" if fingerprint == saved["fingerprint"] else "; the data is not what it was trained on"
             print(f"after step {done} of {saved['path']}{other}", flush=True)
+    if not args.eval_only:
+        costs, flops = measure_modes(engine, mask, mode, config, args, device)
+        rows, kind = args.batch_size // args.workers, (args.optimizer, dtype, device)
+        dense = dense_worker(config, rows, args.micro_batches, processes, *kind)
+        if args.match_flops:
+            of_step = (1 - args.finish) * flops[args.mask] + args.finish * flops.get("backward", 0)
+            args.steps, asked = round(args.steps * dense["flops"] / of_step), args.steps
+            at = masks.plan(draw, args.mask, args.steps, args.resample, args.finish)
+            if engine.rank == 0:
+                print(
+                    f"--match-flops: {args.steps} steps, which cost a worker the FLOPs of {asked} dense ones"
+                )
+        if done > args.steps:
+            raise Stop(f"--steps {args.steps}: {saved['path']} has {done} already; choose more")
     if args.eval_only or (saved and done == args.steps):
         loss, accuracy = evaluate(engine, data, args, device)
         leave()
@@ -1061,63 +1171,75 @@ def run(args, parser, saved, whole, data, kept, units, mask, device, store):
             print(f"step {done}: val_loss {loss:.4f}, accuracy {accuracy:.4f}; there was nothing to train")
         return
 
-    def save(step, skipped):
+    def save():
         """Write a checkpoint, if there is an --out; all processes take part."""
         if not args.out:
             return
         model, optimizer = engine.state()
-        if getattr(whole.config, "norm", None) == "batch":
+        if getattr(config, "norm", None) == "batch":
             with whole_model(engine, data, args, device) as trained:
                 model |= {name: buffer.cpu() for name, buffer in trained.named_buffers()}
         problem = [None]
         if out:
-            config = {field: value for field, value in vars(whole.config).items() if field not in OF_TRAINING}
-            content = {"format": FORMAT, "step": step, "skipped": skipped, "fingerprint": fingerprint}
-            content |= {"flags": vars(args), "config": config, "model": model, "optimizer": optimizer}
+            shape = {field: value for field, value in vars(config).items() if field not in OF_TRAINING}
+            content = {"format": FORMAT, "progress": progress, "fingerprint": fingerprint, "config": shape}
             try:
                 os.fsync(log.fileno())
-                write_checkpoint(out, content)
+                content |= {"flags": vars(args), "model": model, "optimizer": optimizer}
+                save_file(content, out / LAST, before=out / BEFORE)
             except (OSError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 free = f"{shutil.disk_usage(out).free / 1e6:,.0f} MB are free there"
-                problem = [f"--out {out}: step {step} could not be saved, {free} ({reason})"]
+                problem = [f"--out {out}: step {progress['step']} could not be saved, {free} ({reason})"]
         dist.broadcast_object_list(problem)
         if problem[0]:
-            raise OSError(problem[0])
+            raise Stop(problem[0])
 
+    compile_now(engine, config, args, device)
     if out:
         (out / "summary.json").unlink(missing_ok=True)
-    costs = measure(engine, whole.config, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with (
         noticed(signal.SIGINT, signal.SIGTERM) as came,
         open_log(out, saved) if out else nullcontext() as log,
     ):
-        last, skipped, *found = train(engine, data, args, device, log, store, save, came, done, skipped)
-        if last == args.steps:
-            figures = {"params": params, "shared_params": shared, "skipped_steps": skipped}
-            summary = summarise(engine, args, whole.config, mask, figures, last - done, costs, *found)
+        found = train(engine, at, costs, flops, config, data, args, device, log, store, save, came, progress)
+        if progress["step"] == args.steps and engine.rank == 0:
+            figures = {"params": params, "shared_params": shared, "skipped_steps": progress["skipped"]}
+            summary = summarise(engine, args, config, mask, figures, dense, *found)
             if out:
                 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        save(last, skipped)
+        save()
         leave()
-    if engine.rank == 0 and last < args.steps:
-        print(f"stopped by a signal after step {last}" + "; --resume goes on" * bool(out))
+    if engine.rank == 0 and progress["step"] < args.steps:
+        print(f"stopped by a signal after step {progress['step']}" + "; --resume goes on" * bool(out))
 
 
-def summarise(engine, args, config, mask, figures, steps, costs, step_ms, found):
-    """Print the table, and return what belongs into summary.json; all processes take part. steps: how many
-    were trained now; costs, step_ms, found: from `train`."""
-    own = [worker_costs(engine, worker, steps) | costs[worker] for worker in engine.workers]
-    of_all = [None] * engine.processes
-    dist.all_gather_object(of_all, own)
-    if engine.rank > 0:
-        return None
-    per_worker = sorted(chain(*of_all), key=lambda costs: costs["worker"])
-    rows, kind = args.batch_size // args.workers, (args.optimizer, engine.dtype, engine.device)
-    dense = dense_worker(config, rows, args.micro_batches, engine.processes, *kind)
+def mean_alignment(alignments):
+    """What `SDP.align` has found in several steps, in the mean over these and the workers."""
+
+    def middle(values):
+        values = [value for value in values if value is not None]
+        return mean(values) if values else None
+
+    return {
+        "workers": {
+            n: middle(chain(*(a["workers"][n] for a in alignments))) for n in alignments[0]["workers"]
+        },
+        "owners": {n: middle(a["owners"][n] for a in alignments) for n in alignments[0]["owners"]},
+    }
+
+
+def summarise(engine, args, config, mask, figures, dense, phases, alignments, step_ms, found):
+    """Print the table, and return what belongs into summary.json. dense: from `dense_worker`; the rest: from
+    `train`."""
+    per_worker = over_phases(phases)
     print(table(per_worker, dense))
+    alignment = mean_alignment(alignments) if alignments else None
+    if alignment:
+        of_all = ", ".join(f"{of} {alignment[of]['all']:.4f}" for of in ("workers", "owners"))
+        print(f"cosine similarity to the whole model's gradients: {of_all}")
     if args.workers > engine.processes:
         print(
             f"A process plays {args.workers // engine.processes} workers, one after another: its master, "
@@ -1137,6 +1259,8 @@ def summarise(engine, args, config, mask, figures, steps, costs, step_ms, found)
         "final_val_accuracy": found[1],
         "step_ms_median": step_ms,
         "per_worker": per_worker,
+        "phases": phases,
+        "alignment": alignment,
         "dense": dense,
     }
 
