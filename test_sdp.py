@@ -2295,6 +2295,147 @@ def test_model_exports_a_llama(monkeypatch, tmp_path, trained):
         torch.testing.assert_close(llama(x).logits, dense(x), rtol=1e-5, atol=1e-5)  # rotations in float32
 
 
+# ---- runs whose masks change, and what a run counts
+
+
+def test_train_counts_what_was_computed_and_sent(tmp_path):
+    """`flops` and `sent_bytes` of the log add up to the summary's means; a finish has phases of its own."""
+    flags = [*TINY, "--mask", "forward", "--finish", "0.25", "--workers", "4", "--steps", "8"]
+    done = torchrun(2, *flags, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    log, summary = read_log(tmp_path), json.loads((tmp_path / "summary.json").read_text())
+    first, last = summary["phases"]
+    assert [(phase["mask"], phase["steps"]) for phase in (first, last)] == [("forward", 6), ("backward", 2)]
+    of_step = {"flops": {}, "sent_bytes": {}}
+    for phase in (first, last):
+        each = phase["per_worker"]
+        of_step["flops"][phase["mask"]] = np.mean([of["flops"] for of in each])
+        of_step["sent_bytes"][phase["mask"]] = np.mean([of["push_bytes"] + of["pull_bytes"] for of in each])
+    for key, of_mode in of_step.items():
+        steps = [log[0][key], *(b[key] - a[key] for a, b in zip(log, log[1:]))]
+        assert steps == pytest.approx([of_mode["forward"]] * 6 + [of_mode["backward"]] * 2, abs=2)
+    for worker, before, after in zip(summary["per_worker"], first["per_worker"], last["per_worker"]):
+        assert (
+            before["weight_bytes"]
+            == 4 * before["held_params"]
+            < after["weight_bytes"]
+            == 4 * summary["params"]
+        )
+        assert worker["flops"] == pytest.approx((6 * before["flops"] + 2 * after["flops"]) / 8, abs=1)
+        assert (
+            worker["weight_bytes"] == after["weight_bytes"] and worker["held_params"] == after["held_params"]
+        )
+
+
+def test_train_matches_the_flops_of_dense_training(monkeypatch, capsys, tmp_path):
+    for name, more in (("static", []), ("finish", ["--finish", "0.5"])):
+        flags = "--mask forward --steps 6 --warmup 1 --match-flops".split()
+        in_process(monkeypatch, *flags, *more, "--out", str(tmp_path / name))
+        said = capsys.readouterr().out
+        log, summary = read_log(tmp_path / name), json.loads((tmp_path / name / "summary.json").read_text())
+        assert log[-1]["step"] == summary["steps"] > 6
+        assert f"{summary['steps']} steps, which cost a worker the FLOPs of 6 dense ones" in said
+        assert abs(log[-1]["flops"] - 6 * summary["dense"]["flops"]) <= summary["dense"]["flops"] / 2
+        assert log[-1]["lr"] == pytest.approx(3e-4)  # the schedule is as long as the run
+
+
+def test_train_is_not_changed_by_looking_on(monkeypatch, tmp_path):
+    """--log-alignment: the same model, bit for bit, the same log but for its key, at steps K, 2K, ..."""
+    flags = (
+        "--mask backward --units neuron --micro-batches 2 --drop-path 0.2 --steps 5 --save-every 0".split()
+    )
+    for name, more in (("without", []), ("with", ["--log-alignment", "2"])):
+        in_process(monkeypatch, *flags, *more, "--out", str(tmp_path / name))
+    assert_same_checkpoint(tmp_path / "with" / "ckpt.pt", tmp_path / "without" / "ckpt.pt")
+    log = read_log(tmp_path / "with")
+    found = {entry["step"]: entry.pop("alignment") for entry in log if "alignment" in entry}
+    assert log == read_log(tmp_path / "without") and list(found) == [2, 4]
+    summary = json.loads((tmp_path / "with" / "summary.json").read_text())["alignment"]
+    assert summary["owners"]["all"] == pytest.approx(np.mean([of["owners"]["all"] for of in found.values()]))
+    assert summary["workers"]["head"] == pytest.approx(
+        np.mean([of["workers"]["head"] for of in found.values()])
+    )
+    assert 0 < summary["owners"]["all"] < 1
+
+
+def test_drop_path():
+    y = torch.randn(1000, 3, 2)
+    assert models.drop_path(y, 0.25, training=False) is y and models.drop_path(y, 0.0, training=True) is y
+    found = models.drop_path(y, 0.25, training=True)
+    dropped = (found == 0).all(dim=(1, 2))
+    torch.testing.assert_close(found[~dropped], y[~dropped] / 0.75)
+    assert 200 < dropped.sum() < 300  # 250 on average
+
+
+def losses_with_drop_path():
+    engine = make_engine("backward", "block", 4, config=dataclasses.replace(SMALL, drop_path=0.5))
+    args = argparse.Namespace(micro_batches=1, grad_clip=0.0, workers=4, seed=0)
+    batches = [{worker: batch(step, worker) for worker in engine.workers} for step in range(2)]
+    return [train.update(engine, of, args, step, 1e-2)[:2] for step, of in enumerate(batches)]
+
+
+def test_drop_path_does_not_depend_on_processes(in_processes):
+    one, four = (in_processes(n, losses_with_drop_path)[0] for n in (1, 4))
+    np.testing.assert_allclose(one, four, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rescale, scale", [(True, 2), (False, 1)])
+def test_rescaling_of_branches(rescale, scale):
+    """A branch with half of its units adds twice what these give, or with --no-rescale just that."""
+    config = dataclasses.replace(SMALL, rescale=rescale)
+    branches = ("blocks.0.attention", "blocks.0.mlp")
+    units = units_of(build(config), "neuron", ())
+    half = {layer: len(numbers) // 2 for layer, numbers in masks.columns(units).items()}
+    model = build(config, half, {})
+    assert [model.get_submodule(name).scale for name in branches] == [scale, scale]
+
+
+def test_resume_takes_the_older_checkpoint(monkeypatch, capsys, tmp_path, trained):
+    """Where ckpt.pt is damaged and removed: after resuming both that are left can be read."""
+    shutil.copytree(trained, tmp_path / "run")
+    out = tmp_path / "run"
+    (out / "ckpt.pt").unlink()
+    before = (out / "ckpt.prev.pt").read_bytes()
+    in_process(monkeypatch, "--steps", "4", "--save-every", "0", "--resume", "--out", str(out))
+    assert "after step 2" in capsys.readouterr().out
+    assert [
+        models.read_checkpoint(out / name)["progress"]["step"] for name in (train.LAST, train.BEFORE)
+    ] == [4, 2]
+    assert (out / "ckpt.prev.pt").read_bytes() == before
+
+
+def test_resume_counts_on(monkeypatch, capsys, tmp_path, trained):
+    """Tokens are those that were seen, whatever the batch; ten steps in a row may be of two runs."""
+    rows = ["--batch-size", "16", "--steps", "5", "--resume", str(trained / "ckpt.pt")]
+    in_process(monkeypatch, *rows, "--out", str(tmp_path / "more"))
+    assert [entry["tokens"] for entry in read_log(tmp_path / "more")] == [
+        3 * 8 * 32 + n * 16 * 32 for n in (1, 2)
+    ]
+    wild = "--lr 1e30 --grad-clip 0 --warmup 0 --save-every 1 --eval-every 0".split()
+    out = ["--out", str(tmp_path / "wild")]
+    in_process(monkeypatch, *wild, *out, "--steps", "8")  # the last seven of these are skipped
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, *wild, *out, "--steps", "50", "--resume")
+    assert "10 steps in a row, up to step 11" in capsys.readouterr().err
+    assert read_log(tmp_path / "wild")[-1]["skipped"] == 10
+
+
+def test_export_that_fails_leaves_nothing(monkeypatch, capsys, tmp_path, trained):
+    def fail(*_):
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    for command, path in (("export", "weights"), ("export-hf", "llama")):
+        with pytest.raises(SystemExit) as stop:
+            run_main(monkeypatch, "model", command, trained / "ckpt.pt", tmp_path / "new" / path)
+        assert stop.value.code == 2 and "no space left" in capsys.readouterr().err.splitlines()[-1]
+        assert not any(each.is_file() and each.name != "config.json" for each in tmp_path.rglob("*"))
+
+
+# ---- bad checkpoints
+
+
 class Evil:
     """What would write a file when it is unpickled."""
 
