@@ -2,10 +2,10 @@
 DistributedDataParallel, autograd on the dense model, arithmetic on the masks. Real gloo processes, no mocks;
 float64 where equality is meant.
 
-    pytest                 # all, a few minutes on two cores
+    pytest                 # all, eight to nine minutes on two cores
     pytest -k masks        # what needs no processes
 
-Reads like the project: masks, model, engine, the command line.
+Needs all other files; it is the last to be read, in their order: masks, model, data, engine, command line.
 """
 
 import argparse

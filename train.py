@@ -67,8 +67,7 @@ BN_BATCH = 64  # images that are normalised together where statistics are estima
 LAST, BEFORE = "ckpt.pt", "ckpt.prev.pt"  # the files in --out
 OF_MODEL = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags
 OF_TRAINING = ("label_smoothing", "checkpoint_activations", "drop_path", "rescale")  # not of the shape
-DEFAULTS = {
-    "gpt": {},
+DEFAULTS = {  # where a model has others than the flags say
     "vit": {"data": "cifar10", "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05},
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
@@ -182,7 +181,7 @@ def parse(argv=None):
         parser.error(f"--resume: {error}")
     dense = {"mask": "none"} if args.engine != "sdp" or args.eval_only else {}
     learnt = {flag: saved["flags"][flag] for flag in ("model", "data", "data_dir")} if saved else {}
-    parser.set_defaults(**DEFAULTS[learnt.get("model", args.model)] | dense | learnt)
+    parser.set_defaults(**DEFAULTS.get(learnt.get("model", args.model), {}) | dense | learnt)
     return parser, parser.parse_args(argv), saved
 
 
