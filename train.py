@@ -1128,7 +1128,9 @@ def run(args, saved, whole, data, kept, units, draw, device, store):
             f"{args.workers} workers on {processes} process(es), {dist.get_backend()} on {device.type}; "
             f"a step is {args.batch_size} {what}\n"
             "loss: the mean over the workers, each on its own rows of the batch"
-            f"{' and subnetwork' if args.mask == 'forward' else ''}; val_loss: of the whole model",
+            f"{' and subnetwork' if args.mask == 'forward' else ''}; val_loss: of the whole model"
+            + "\n--log-alignment: in these steps every process needs the whole model"
+            * bool(args.log_alignment),
             flush=True,
         )
 
@@ -1235,6 +1237,8 @@ def summarise(engine, args, config, mask, figures, dense, phases, alignments, st
     `train`."""
     per_worker = over_phases(phases)
     print(table(per_worker, dense))
+    if len(phases) > 1:
+        print("memory: where it is higher, before --finish or in it; the rest: the mean over the steps")
     alignment = mean_alignment(alignments) if alignments else None
     if alignment:
         of_all = ", ".join(f"{of} {alignment[of]['all']:.4f}" for of in ("workers", "owners"))
