@@ -2217,6 +2217,18 @@ def test_resume_on_other_processes_and_masks(in_processes, tmp_path):
         in_processes(n, state_on_file, "sdp", mode, units, path, False)
 
 
+def gathered():
+    engine = make_engine("backward", "neuron", 3)
+    sizes = [int(bucket.edges[-1]) for bucket in engine.buckets.values()]
+    return engine.state()[0], whole_values(engine), sizes
+
+
+def test_state_of_buckets_that_no_equal_slices_fill(in_processes):
+    state, whole, sizes = in_processes(3, gathered)[0]
+    assert any(size % 3 for size in sizes)
+    assert_close(state, whole, 0)
+
+
 def test_resume_begins_where_there_is_nothing(monkeypatch, capsys, tmp_path):
     flags = ["--size", "tiny", "--steps", "2", "--out", str(tmp_path / "run")]
     in_process(monkeypatch, *flags, "--resume")
@@ -2391,13 +2403,18 @@ def test_rescaling_of_branches(rescale, scale):
     assert [model.get_submodule(name).scale for name in branches] == [scale, scale]
 
 
-def test_resume_takes_the_older_checkpoint(monkeypatch, capsys, tmp_path, trained):
-    """Where ckpt.pt is damaged and removed: after resuming both that are left can be read."""
+@pytest.mark.parametrize("removed", [True, False])
+def test_resume_takes_the_older_checkpoint(monkeypatch, capsys, tmp_path, trained, removed):
+    """Where ckpt.pt is damaged, or was and is removed: after resuming both that are left can be read."""
     shutil.copytree(trained, tmp_path / "run")
     out = tmp_path / "run"
-    (out / "ckpt.pt").unlink()
     before = (out / "ckpt.prev.pt").read_bytes()
-    in_process(monkeypatch, "--steps", "4", "--save-every", "0", "--resume", "--out", str(out))
+    if removed:
+        (out / "ckpt.pt").unlink()
+    else:
+        (out / "ckpt.pt").write_bytes(b"damaged")
+    file = [] if removed else [str(out / "ckpt.prev.pt")]
+    in_process(monkeypatch, "--steps", "4", "--save-every", "0", "--out", str(out), "--resume", *file)
     assert "after step 2" in capsys.readouterr().out
     assert [
         models.read_checkpoint(out / name)["progress"]["step"] for name in (train.LAST, train.BEFORE)
