@@ -1,0 +1,84 @@
+"""Train as train.py does, and compare gradients with the whole model's: python -m scripts.alignment"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import train
+from masks import assign
+from scripts.sweep import cyclic
+from sdp import add_up
+from support.launch import at_least, make_parser
+
+
+def flatten(parameters, bucket):
+    """Their gradients end to end, in the owners' precision."""
+    return torch.cat([bucket.mean[:0], *(p.grad.flatten().to(bucket.mean) for p in parameters)])
+
+
+def compare(engine, batches, args, step):
+    """Cosines: {"workers": {layer: [of each, on what it trains]}, "owners": {layer: of their mean}}."""
+    buckets, traffic = list(engine.buckets.values()), engine.traffic.copy()
+    dots = np.zeros((len(engine.trains) + 1, len(buckets) + 1, 3))  # the last of the owners, of all
+    sums = [0] * len(buckets)  # of the whole model's gradients
+    with engine.whole() as whole:
+        whole.requires_grad_(True).train()
+        for number, worker in engine.workers.items():
+            whole.zero_grad()
+            train.play(batches, args, step, number, whole)
+            grad_bytes = worker.grad_bytes
+            with engine.turn(number, args.micro_batches + 1) as model:  # sends nothing before the end
+                train.play(batches, args, step, number, model)
+                for layer, (bucket, part) in enumerate(zip(buckets, worker.parts)):
+                    gradient = flatten(map(whole.get_parameter, bucket.shapes), bucket)
+                    sums[layer] += gradient
+                    held = np.repeat(bucket.has(engine.trains)[number], np.diff(bucket.chunk_edges))
+                    a, b = flatten(part.trained, bucket), gradient[torch.from_numpy(held)]
+                    dots[number, layer] = torch.stack([a @ a, b @ b, a @ b]).cpu()
+            worker.grad_bytes = grad_bytes
+    engine.average()
+    for layer, bucket in enumerate(buckets):
+        dist.all_reduce(sums[layer])
+        start, stop = bucket.slice_edges[engine.rank : engine.rank + 2]
+        a, b = bucket.mean, sums[layer][start:stop]
+        dots[-1, layer] = torch.stack([a @ a, b @ b, a @ b]).cpu()
+    engine.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
+    engine.traffic &= traffic  # the lower counts, those from before
+    dots[:, -1] = dots.sum(axis=1)
+    of_all = np.reshape(add_up(dots.ravel().tolist()), (-1, 3))
+    cosines = [ab / (aa * bb) ** 0.5 if aa * bb > 0 else None for aa, bb, ab in of_all.tolist()]
+    *workers, owners = np.reshape(cosines, dots.shape[:2]).tolist()
+    layers = [*engine.buckets, "all"]
+    return {"workers": dict(zip(layers, zip(*workers))), "owners": dict(zip(layers, owners))}
+
+
+def main(argv=None):
+    flags = [("--every", at_least(1), 100, "steps between two comparisons")]
+    flags += [("--assign", ("random", "cyclic"), "random", "of units")]
+    own, rest = make_parser("Takes the flags of train.py, and", flags).parse_known_args(argv)
+    args, found = train.make_parser().parse_args(rest), []
+
+    def before_step(step, engine, batches):
+        if step % own.every:
+            return {}
+        found.append(compare(engine, batches, args, step))
+        return {"alignment": found[-1]}
+
+    train.main(rest, assign=cyclic if own.assign == "cyclic" else assign, before_step=before_step)
+    if found and os.environ.get("RANK", "0") == "0":
+        means = {}  # over the steps and the workers; None becomes NaN
+        for of, by_layer in found[0].items():
+            values = {layer: np.array([each[of][layer] for each in found], float) for layer in by_layer}
+            means[of] = {layer: np.nanmean(cosines) for layer, cosines in values.items()}
+        of_all = ", ".join(f"{of} {by_layer['all']:.4f}" for of, by_layer in means.items())
+        print(f"cosine similarity to the whole model's gradients: {of_all}")
+        if args.out:
+            Path(args.out, "alignment.json").write_text(json.dumps(means, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

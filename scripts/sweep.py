@@ -1,0 +1,38 @@
+"""Print how well workers mix, the spectral gap, for several N and C: python -m scripts.sweep"""
+
+import numpy as np
+
+from masks import Unit, UserError, assign, spectral_gap
+from support.launch import at_least, make_parser
+
+
+def cyclic(units, workers, holders, seed=0, mask_number=0):
+    """As masks.assign, but the holders of a unit are neighbours in a circle: few workers share much."""
+    rng = np.random.default_rng([seed, workers, holders, mask_number])
+    mask = np.zeros((workers, len(units)), dtype=bool)
+    for kind in sorted({unit.kind for unit in units}):
+        of_kind = rng.permutation([number for number, unit in enumerate(units) if unit.kind == kind])
+        if len(of_kind) * holders < workers:
+            raise UserError(f"--coverage: so few units ({kind}) leave a worker without any; choose more")
+        first = np.arange(len(of_kind)) * workers // len(of_kind)  # of each unit's holders
+        mask[(first + np.arange(holders)[:, None]) % workers, of_kind] = True
+    return mask
+
+
+def main(argv=None):
+    flags = ("--count", at_least(1), 16, "units"), ("--seed", at_least(0), 0, "of the masks (default: 0)")
+    args = make_parser(__doc__, flags).parse_args(argv)
+    units = [Unit("unit", "unit", cost=1)] * args.count
+    print(f"{'workers':<10}{'assign':<10}", *(f"{f'C = {eighths / 8:g}':>9}" for eighths in range(1, 9)))
+    for workers in (2, 4, 8, 16, 32):
+        for name, way in (("random", assign), ("cyclic", cyclic)):
+            line = f"{workers:<10}{name:<10}"
+            for eighths in range(1, 9):
+                holders = (eighths * workers + 4) // 8  # as holders_per_unit, but it can be 0
+                mask = None if args.count * holders < workers else way(units, workers, holders, args.seed)
+                line += f"{'-':>10}" if mask is None else f"{spectral_gap(mask):>10.3f}"
+            print(line)
+
+
+if __name__ == "__main__":
+    main()

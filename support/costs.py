@@ -1,0 +1,173 @@
+"""What a worker costs: bytes, FLOPs and activations, measured, beside a dense worker, as a table."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from masks import UserError
+from model import build, example
+from sdp import add_up
+
+kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION_ON_CPU = {  # FlopCounterMode counts 0 for these two
+    kernel: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    backward_kernel: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+}
+
+
+@contextmanager
+def measured(passes=1):
+    """`with measured() as cost:` around a forward and backward pass: cost has "flops", of `passes`, and
+    "activation_bytes": what autograd saved for the backward pass, each storage once, but no parameters."""
+    cost, sizes = {}, {}  # sizes: {storage: bytes}
+
+    def pack(tensor):
+        source = tensor if tensor._base is None else tensor._base  # of a view
+        if not isinstance(source, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()  # data_ptr() is 0 for all fake tensors
+        return tensor.detach()  # returning the tensor itself would make a reference cycle
+
+    with (
+        torch.compiler.set_stance("force_eager"),  # torch.compile gives up for good on what a mode sees
+        FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter,
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        yield cost
+    cost["flops"] = passes * counter.get_total_flops()
+    cost["activation_bytes"] = sum(sizes.values())
+
+
+def rows_of_a_pass(args):
+    return args.batch_size // args.workers // args.micro_batches
+
+
+def dry_run(args, config, engine):
+    """{worker: what `measured` finds in a step} for this process's workers, on zeros: in the step itself it
+    would change the rounding. Blocks are compiled here, since later others would wait. Raises UserError."""
+    found = {}
+    for number, worker in engine.workers.items():
+        batch = [tensor.to(engine.device) for tensor in example(config, rows_of_a_pass(args))]
+        with worker.dry_run() as model:
+            try:
+                if args.compile:
+                    model(*batch).backward()
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
+            with measured(args.micro_batches) as found[number]:
+                model(*batch).backward()
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was there before the first step does not count
+    return found
+
+
+class Phase:
+    """The steps of one mode, and what they cost. All processes begin and end it together."""
+
+    def __init__(self, plan, engine, mode):
+        self.plan, self.engine, self.mode, self.milliseconds = plan, engine, mode, []
+        self.costs = dry_run(plan.args, plan.whole.config, engine)
+        (flops,) = add_up([sum(cost["flops"] for cost in self.costs.values())])
+        self.flops = round(flops / plan.args.workers)  # the mean over the workers is the same for all masks
+
+    def end(self):
+        """The phase's entry in summary.json. After --resample all is of the last mask."""
+        if self.plan.args.resample:
+            self.costs = dry_run(self.plan.args, self.plan.whole.config, self.engine)
+        steps, middle = len(self.milliseconds), float(np.median(self.milliseconds))
+        per_worker = gather_costs(self.engine, self.costs, steps)
+        self.engine.traffic.clear()
+        return {"mask": self.mode, "steps": steps, "step_ms_median": middle, "per_worker": per_worker}
+
+
+def ring_half(params, processes, dtype):
+    """The bytes that a process sends in a ring all-gather or reduce-scatter; twice this, an all-reduce."""
+    return round((1 - 1 / processes) * params * dtype.itemsize)
+
+
+def dense_worker(args, config, engine):
+    """What one worker of dense data parallelism (torch's DDP) costs, in the keys of `gather_costs`. The
+    model is run on fake tensors, which need no memory. The engine's masks do not matter."""
+    with torch.device("meta"):
+        model = build(config)
+    with FakeTensorMode(), torch.device(engine.device):
+        values = {name: torch.empty(p.shape, dtype=engine.dtype) for name, p in model.named_parameters()}
+        model.load_state_dict(values, assign=True)
+        with measured(args.micro_batches) as cost:
+            model(*example(config, rows_of_a_pass(args))).backward()
+    params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
+    moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
+    master = 4 if width < 4 else 0  # a second, float32 copy of the weights in mixed precision
+    row = cost | {"worker": None, "held_params": params, "peak_bytes": None}
+    row["weight_bytes"] = row["grad_bytes"] = params * width
+    row["optimizer_bytes"] = params * (master + moments)
+    row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
+    return row
+
+
+def gather_costs(engine, costs, steps):
+    """A list of dictionaries, one a worker, in the keys of summary.json. costs: from `dry_run`. Memory is
+    of live tensors, traffic, per step, of the real collectives, shared evenly by a process's workers."""
+    own, of_all = [], [None] * engine.processes
+    for worker in engine.workers:
+        row = {"worker": worker} | engine.memory(worker) | costs[worker]
+        for kind in ("push", "pull"):
+            row[f"{kind}_bytes"] = round(engine.traffic[kind] / steps / len(engine.workers))
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
+        own.append(row)
+    dist.all_gather_object(of_all, own)
+    return sorted(sum(of_all, []), key=lambda row: row["worker"])
+
+
+def over_phases(phases):
+    """One row a worker from the phases of a run: memory at its highest, the rest per step in the mean."""
+    steps, rows = [phase["steps"] for phase in phases], []
+    for of_worker in zip(*(phase["per_worker"] for phase in phases)):
+        row = dict(of_worker[0])
+        for key in row:
+            values = [of_phase[key] for of_phase in of_worker]
+            if key in ("flops", "push_bytes", "pull_bytes"):
+                row[key] = round(np.average(values, weights=steps))
+            elif row[key] is not None:
+                row[key] = max(values)
+        rows.append(row)
+    return rows
+
+
+def summarise(args, config, engine, phases):
+    """Print the table of what was measured. Returns it for summary.json."""
+    per_worker, dense = over_phases(phases), dense_worker(args, config, engine)
+    print(table(per_worker, dense))
+    if len(phases) > 1:
+        print("memory: where it is higher, before --finish or in it; the rest: the mean over the steps")
+    turns = args.workers // engine.processes
+    if turns > 1:
+        print(f"a process plays {turns} workers, which share its master, optimizer and mean gradient")
+    summary = {"step_ms_median": phases[-1]["step_ms_median"], "per_worker": per_worker}
+    return summary | {"phases": phases, "dense": dense}
+
+
+def table(per_worker, dense):
+    """What was measured, as text: the mean over the workers and the largest, beside a dense worker."""
+    lines = [f"{'per worker':<28}{'mean':>14}{'largest':>14}{'dense DDP':>14}{'mean / dense':>14}"]
+    for key, title, unit in (
+        ("weight_bytes", "weights, MB", 1e6),
+        ("grad_bytes", "gradients, MB", 1e6),
+        ("optimizer_bytes", "master + optimizer, MB", 1e6),
+        ("activation_bytes", "activations saved, MB", 1e6),
+        ("push_bytes", "pushed per step, MB", 1e6),
+        ("pull_bytes", "pulled per step, MB", 1e6),
+        ("flops", "GFLOP per step", 1e9),
+    ):
+        values = [row[key] / unit for row in per_worker]
+        middle, largest, of_dense = np.mean(values), max(values), dense[key] / unit
+        ratio = f"{middle / of_dense:.3f}" if of_dense else "-"
+        lines.append(f"{title:<28}{middle:>14.3f}{largest:>14.3f}{of_dense:>14.3f}{ratio:>14}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The whole model, with the statistics of batch norm by which it is evaluated, and its loss."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import LOGITS_AT_ONCE, BatchNorm, cross_entropy
+from sdp import add_up
+
+IMAGES, TOGETHER = 1024, 64  # the statistics are those of so many images, normalised so many at a time
+
+
+@contextmanager
+def whole_model(engine, data, seed):
+    """`with whole_model(...) as model:` the whole model, with statistics of always the same images."""
+    starts = range(engine.rank * TOGETHER, IMAGES, engine.processes * TOGETHER)
+    images = (data.calibration(seed, IMAGES, slice(i, i + TOGETHER), engine.device) for i in starts)
+    with engine.whole() as model:
+        estimate_statistics(model, images)
+        yield model
+
+
+@torch.no_grad()
+def estimate_statistics(model, batches):
+    """Give the batch norms of a whole model the means and variances over the `batches` of inputs that all
+    processes have. No average of those in training, each of a subnetwork, fits the whole model."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    sums = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
+
+    def add(norm, inputs):
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # (B, channels, H, W)
+        var, mean = (v.cpu().double() for v in torch.var_mean(x, dim=(0, 2, 3), correction=0))  # (channels)
+        sums[norm] += torch.stack([torch.ones_like(mean), mean, var + mean**2]) * x[:, 0].numel()
+
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    model.eval()  # no stochastic depth
+    for norm in norms:
+        norm.train()  # normalises each batch by itself
+    for x in batches if norms else ():
+        model(x)
+    for norm, hook in zip(norms, hooks):
+        hook.remove()
+        over_all = torch.tensor(add_up(sums[norm].flatten().tolist()), dtype=torch.float64)
+        number, total, squares = over_all.view(3, -1)  # (channels) each
+        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))  # bfloat16 is too coarse for them
+        norm.running_mean = (total / number).to(norm.weight)
+        norm.running_var = (squares / number - (total / number) ** 2).clamp(min=0).to(norm.weight)
+    model.eval()  # from now on it uses them
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size, device):
+    """(loss, accuracy) of a whole model on the validation data: nats per token or image, and the share of
+    them for which the true one has the highest logit. Each process takes its share of the rows."""
+    own, totals = range(dist.get_rank(), data.tests, dist.get_world_size()), np.zeros(3)
+    rows = max(
+        1, min(batch_size // dist.get_world_size(), LOGITS_AT_ONCE // (data.items_per_row * data.outputs))
+    )
+    for i in range(0, len(own), rows):
+        x, y = data.validation(own[i : i + rows], device)
+        logits = model(x)  # (rows, classes) or (rows, context, vocabulary)
+        right = (logits.argmax(-1) == y).sum().item()
+        totals += cross_entropy(logits, y).item() * y.numel(), right, y.numel()
+    loss, right, items = add_up(totals.tolist())
+    return loss / items, right / items
