@@ -4,7 +4,7 @@ import json
 import zlib
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -38,11 +38,16 @@ BAD += ["--device cpu", "--device cuda"]
 # ---- helpers
 
 
-def make_engine(mode, kind="block", workers=2, config=SMALL, dtype=torch.float64):
-    engine, first = Dense if mode in ("ddp", "fsdp") else SDP, partial(initial_value, seed=0)
+@cache
+def units_and_mask(kind, workers, config):
     with torch.device("meta"):
         units = units_of(build(config), kind)
-    mask = assign(units, workers, workers // 2)
+    return units, assign(units, workers, workers // 2)
+
+
+def make_engine(mode, kind="block", workers=2, config=SMALL, dtype=torch.float64):
+    engine, first = Dense if mode in ("ddp", "fsdp") else SDP, partial(initial_value, seed=0)
+    units, mask = units_and_mask(kind, workers, config)
     return engine(partial(build, config), first, adamw, units, mask, mode, dtype)
 
 
