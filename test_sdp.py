@@ -310,7 +310,7 @@ def test_the_worked_example(in_processes):
 
 
 def none_and_ddp(config, optimizer):
-    """20 steps of both on the same batches, gradient clipping active."""
+    """10 steps of both on the same batches, gradient clipping active."""
     rank, n = dist.get_rank(), dist.get_world_size()
     engine = make_engine("none", "block", n, config=config, optimizer=optimizer)
     ddp = DistributedDataParallel(dense_model(config), gradient_as_bucket_view=True)
@@ -318,7 +318,7 @@ def none_and_ddp(config, optimizer):
     vectors = [p for p in ddp.parameters() if p.dim() == 1]
     optimizer = optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     rows, clipped = 8 // n, 0
-    for step in range(20):
+    for step in range(10):
         x, y = (t[rank * rows : (rank + 1) * rows] for t in batch(step, config=config))
         with engine.turn(rank) as model:
             loss = model(x, y)
@@ -333,7 +333,7 @@ def none_and_ddp(config, optimizer):
         assert abs(norm - ddp_norm.item()) < 1e-10
         dist.all_reduce(ddp_loss.detach_())
         assert abs(loss_sum - ddp_loss.item()) < 1e-10
-    assert clipped > 5
+    assert clipped > 3
     values = whole_values(engine)
     assert_close(values, dict(ddp.module.named_parameters()), 1e-10)
     moved = (values["head.weight"] - dense_model(config).head.weight).abs().max()
@@ -548,7 +548,7 @@ def changes_of_masks(number):
 
 
 def test_changes_of_masks_leave_nothing_behind(in_processes):
-    for n, number in ((1, 200 if "SLOW" in os.environ else 25), (4, 25)):
+    for n, number in ((1, 200 if "SLOW" in os.environ else 17), (4, 17)):
         for after_ten, after_all in in_processes(n, changes_of_masks, number):
             assert after_all <= 1.01 * after_ten  # all workers hold equally much
 
@@ -612,10 +612,9 @@ def pulled_values(mode, kind, dtype):
     assert_close(whole_values(engine), everything, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode, kind", SCHEMES)
-def test_readers_agree_to_the_last_bit(in_processes, mode, kind, dtype):
-    in_processes(4, pulled_values, mode, kind, dtype)
+def test_readers_agree_to_the_last_bit(in_processes, mode, kind):
+    in_processes(4, pulled_values, mode, kind, torch.float32 if kind == "block" else torch.bfloat16)
 
 
 def train_four_workers(mode, kind, config, steps=3):
@@ -633,7 +632,7 @@ def train_four_workers(mode, kind, config, steps=3):
 
 
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
-@each_model
+@pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
 def test_processes_do_not_matter(in_processes, mode, kind, config):
     """Four workers on 1, 2 and 4 processes; and the initial model is the dense one whatever they hold."""
     if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):

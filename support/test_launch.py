@@ -204,7 +204,7 @@ def test_processes_share_the_cores(alone, monkeypatch, chosen, threads):
     now = [5]
     monkeypatch.setattr(torch, "set_num_threads", lambda number: now.append(number))
     monkeypatch.setattr(launch, "threads_were_chosen", lambda: chosen)
-    monkeypatch.setattr(launch, "usable_cores", lambda: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     launch.start("cpu", 10)
     assert now[-1] == threads
