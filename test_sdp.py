@@ -754,7 +754,7 @@ def test_validation_of_images_does_not_depend_on_processes(in_processes, model):
 def learn(mode, dtype):
     engine = make_engine(mode, "neuron", 4, dtype=dtype)
     losses = []
-    for _ in range(30):
+    for _ in range(24):
         total = torch.zeros(())
         for worker in engine.workers:
             with engine.turn(worker) as model:

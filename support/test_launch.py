@@ -35,8 +35,8 @@ from support.processes import (
 pytest_plugins = ["support.testing", "support.processes"]
 
 TRIALS = range(20 if "SLOW" in os.environ else 1)
-SLOW_TO_WRITE = "--width 512 --steps 100000 --save-every 1 --eval-every 0".split()
-RUN = [*TINY, "--mask", "forward", "--steps", "100", "--save-every", "10", "--eval-every", "50"]
+SLOW_TO_WRITE = "--width 512 --save-every 1 --eval-every 0".split()
+RUN = [*TINY, "--mask", "forward", "--steps", "80", "--save-every", "10", "--eval-every", "40"]
 
 
 def free_port():
@@ -312,19 +312,19 @@ def assert_named(run, silent):
 
 
 def test_a_worker_stalls(tmp_path):
-    flags = [*TINY, "--steps", 100000, "--timeout", 2, "--out", tmp_path / "run"]
-    with Ranks(tmp_path / "said", 2, "train.py", *flags) as run:
-        wait_until(run, lambda: lines(tmp_path / "run" / "log.jsonl") >= 3)
-        os.kill(run.processes[1].pid, signal.SIGSTOP)
-        assert_named(run, silent=1)
-
-
-def test_a_worker_stalls_while_it_writes_a_checkpoint(tmp_path):
-    flags = [*TINY, *SLOW_TO_WRITE, "--timeout", 2, "--out", tmp_path / "run"]
-    with Ranks(tmp_path / "said", 2, "train.py", *flags) as run:
-        wait_until(run, (tmp_path / "run" / "ckpt.pt.part").exists)
-        os.kill(run.processes[0].pid, signal.SIGSTOP)
-        assert_named(run, silent=0)
+    """In a step, and in another run while it writes a checkpoint. Both runs wait at the same time."""
+    endless = [*TINY, "--steps", 100000, "--timeout", 2, "--out"]
+    in_step, in_save = tmp_path / "step", tmp_path / "save"
+    with (
+        Ranks(tmp_path / "said 1", 2, "train.py", *endless, in_step) as first,
+        Ranks(tmp_path / "said 2", 2, "train.py", *endless, in_save, *SLOW_TO_WRITE) as second,
+    ):
+        wait_until(second, (in_save / "ckpt.pt.part").exists)
+        os.kill(second.processes[0].pid, signal.SIGSTOP)
+        wait_until(first, lambda: lines(in_step / "log.jsonl") >= 3)
+        os.kill(first.processes[1].pid, signal.SIGSTOP)
+        assert_named(first, silent=1)
+        assert_named(second, silent=0)
 
 
 def assert_stopped(out, text, at_least):
@@ -332,7 +332,7 @@ def assert_stopped(out, text, at_least):
     last = read_log(out)[-1]["step"]
     assert f"stopped by a signal after step {last}; --resume goes on" in text
     assert checkpoint.read_checkpoint(out / "ckpt.pt")["progress"]["step"] == last
-    assert at_least <= last < 100 and not (out / "summary.json").exists()
+    assert at_least <= last < 80 and not (out / "summary.json").exists()
 
 
 def assert_resumes(out, undisturbed):
@@ -371,7 +371,7 @@ def test_a_worker_is_killed_and_later_torchrun_is_terminated(tmp_path, undisturb
     """The first at a random moment, before the first step or after: torchrun starts all again. Then a signal
     to torchrun itself, which passes it on. Its number of threads is not the user's choice."""
     rng, out = np.random.default_rng([trial, 1]), tmp_path / "run"
-    step, rank = int(rng.integers(-10, 60)), int(rng.integers(2))
+    step, rank = int(rng.integers(-10, 40)), int(rng.integers(2))
     (tmp_path / "program.py").write_text(PROGRAM)
     restart = {"program": tmp_path / "program.py", "torchrun_flags": ["--standalone", "--max-restarts", "3"]}
     with Launched(tmp_path, 2, *RUN, "--out", out, **restart) as run:
@@ -382,10 +382,10 @@ def test_a_worker_is_killed_and_later_torchrun_is_terminated(tmp_path, undisturb
         time.sleep(rng.uniform(0, 0.02))
         os.kill(first, signal.SIGKILL)
         run.wait_for(lambda: run.workers().get(rank, first) != first)
-        run.wait_for(lambda: lines(out / "log.jsonl") >= 65)
+        run.wait_for(lambda: lines(out / "log.jsonl") >= 45)
         run.process.terminate()
         assert run.finish() == 1, run.text()  # torchrun's own code
-    assert_stopped(out, run.text(), at_least=65)
+    assert_stopped(out, run.text(), at_least=45)
     assert run.text().count("threads were chosen: False") == 2, run.text()
     assert_resumes(out, undisturbed)
 
@@ -394,7 +394,7 @@ def test_a_worker_is_killed_and_later_torchrun_is_terminated(tmp_path, undisturb
 def test_all_are_killed_while_a_checkpoint_is_written(tmp_path, trial):
     """What is there can be read, and is of the last steps."""
     rng, out = np.random.default_rng([trial, 2]), tmp_path / "run"
-    flags = [*TINY, *SLOW_TO_WRITE, "--workers", 1, "--out", out]
+    flags = [*TINY, *SLOW_TO_WRITE, "--steps", 100000, "--workers", 1, "--out", out]
     wanted = int(rng.integers(1, 6))
     with Ranks(tmp_path / "said", 1, "train.py", *flags) as run:
         wait_until(run, lambda: lines(out / "log.jsonl") > wanted and (out / "ckpt.pt.part").exists())
