@@ -517,13 +517,17 @@ def test_after_a_change_of_masks_the_same_holds(in_processes, mode, kind):
 
 
 def bytes_alive():
-    found = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
-    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in found}.values())
+    """Of all tensors, at their least in a moment: gloo's thread lets go of what was sent a little later."""
+    least = []
+    for _ in range(10):
+        found = (each.untyped_storage() for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+        least.append(sum({storage._cdata: storage.nbytes() for storage in found}.values()))
+        time.sleep(0.03)
+    return min(least)
 
 
 def changes_of_masks(number):
-    """The bytes of all tensors after ten changes and after so many, with a step after each; without the
-    garbage collector."""
+    """The bytes of all tensors after ten changes and after so many, without the garbage collector."""
     engine, (units, _) = make_engine("forward", "block", 4), make_mask("block", 4)
     gc.collect()
     gc.disable()
@@ -531,14 +535,12 @@ def changes_of_masks(number):
     try:
         for change in range(1, number + 1):
             mask = assign(units, 4, 2, mask_number=change)
-            assert (mask.sum(axis=0) == 2).all()
             old += [weakref.ref(worker) for worker in engine.workers.values()]
             engine.change(mask, "backward" if change % 3 == 0 else "forward")
             for worker in engine.workers:
                 with engine.turn(worker) as model:
                     model(*batch(change, worker)).backward()
-            norm, *_ = engine.step(lr=1e-3)
-            assert np.isfinite(norm)
+            engine.step(lr=1e-3)
             if change in (10, number):
                 alive.append(bytes_alive())
     finally:
@@ -858,9 +860,6 @@ def test_state_of_buckets_that_no_equal_slices_fill(in_processes):
     state, whole, sizes = in_processes(3, gathered)[0]
     assert any(size % 3 for size in sizes)
     assert_close(state, whole, 0)
-
-
-# ---- train.py
 
 
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
