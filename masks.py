@@ -186,11 +186,6 @@ def columns(units):
     return numbers
 
 
-def count(units, row):
-    """{layer: how many of its units are set in `row`}, for a row of a mask, bool [units]."""
-    return {layer: int(row[numbers].sum()) for layer, numbers in columns(units).items()}
-
-
 def picture(mask, units, width=120):
     """The mask as text, at most `width` wide: a row for each layer, a column for each worker. A square is
     a unit, full where it is held. Where squares do not fit, numbers of held units take their place."""

@@ -127,10 +127,6 @@ class TransformerConfig:
         check_multiple("width", self.width, 2 * self.heads, f"twice the {self.heads} --heads")
         check_multiple("hidden", self.hidden, GROUPS, "the number of groups of neurons")
 
-    @property
-    def head_width(self):
-        return self.width // self.heads
-
 
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
@@ -154,8 +150,8 @@ class Attention(Branch):
     """Multi-head attention; a unit is a head. With a rotation (see `rotary`) it is causal, for text."""
 
     def allocate(self, config, heads):
-        self.head_width = config.head_width
-        rows = heads * config.head_width
+        self.head_width = config.width // config.heads
+        rows = heads * self.head_width
         self.q, self.k, self.v, self.o = (nn.Parameter(torch.empty(rows, config.width)) for _ in range(4))
 
     def compute(self, x, rotation):
@@ -246,7 +242,7 @@ class Transformer(nn.Module):
         """Logits, or with targets the mean cross-entropy in nats, a scalar. Text: x, targets int64 (B, T),
         logits (B, T, vocabulary). Images: x (B, 3, H, W), targets int64 (B), logits (B, classes)."""
         x = self.embedding(x)  # (B, T, width)
-        rotation = rotary(x.shape[1], self.config.head_width, x) if self.text else None
+        rotation = rotary(x.shape[1], self.config.width // self.config.heads, x) if self.text else None
         return self.head(run_blocks(self, x, rotation), targets)
 
 
@@ -383,8 +379,6 @@ class ResNet(nn.Module):
         logits = self.head(x.mean((2, 3)))  # (B, classes)
         return logits if targets is None else cross_entropy(logits, targets)
 
-
-# ---- any of them
 
 CONFIGS = {"gpt": GPTConfig, "vit": ViTConfig, "resnet18": ResNetConfig}
 

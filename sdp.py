@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from masks import columns, count, roles
+from masks import columns, roles
 
 
 class PeerLost(RuntimeError):
@@ -316,11 +316,9 @@ class SDP:
             whole = build({})
         numbers, values = columns(units), partial(initial_value, whole)
         self.buckets = {n: Bucket(p, numbers, values, dtype, device) for n, p in by_bucket(whole).items()}
-        pieces = [item for bucket in self.buckets.values() for item in bucket.pieces.items()]
-        matrices = [piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() > 1]
-        vectors = [
-            piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() == 1
-        ]  # norms, biases
+        pieces = {n: piece for bucket in self.buckets.values() for n, (_, piece) in bucket.pieces.items()}
+        matrices = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() > 1]
+        vectors = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() == 1]
         self.optimizer = optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
         self.workers, self.trains = {}, None
         self.change(mask, mode)
@@ -334,10 +332,10 @@ class SDP:
         self.workers = {}  # first let go of the old ones
         for first in range(0, len(mask), self.processes):  # of the workers that play at the same time
             trained, read = (role[first : first + self.processes] for role in (self.trains, reads))
-            learning = count(self.units, trained[self.rank])
-            frozen = count(self.units, (read & ~trained)[self.rank])
+            mine, frozen = trained[self.rank], (read & ~trained)[self.rank]  # bool [units] each
+            layers = columns(self.units).items()
             with torch.device("meta"):
-                model = self.build({layer: (learning[layer], frozen[layer]) for layer in learning})
+                model = self.build({layer: (int(mine[n].sum()), int(frozen[n].sum())) for layer, n in layers})
             worker = Worker(model, self.buckets, trained, read, self.traffic, self.dtype)
             self.workers[first + self.rank] = worker
 

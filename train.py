@@ -95,10 +95,9 @@ def make_parser():
     return launch.make_parser("Train a model with Subnetwork Data Parallelism.", FLAGS)
 
 
-def parse(argv=None, parser=None):
+def parse(argv, parser):
     """(args, the checkpoint to go on from or None), with the defaults that suit --model, or those that the
     checkpoint was trained with. Bad flags end the program."""
-    parser = parser or make_parser()
     args = parser.parse_args(argv)
     try:
         saved = checkpoint.read_to_resume(args.resume, args.out)
@@ -115,6 +114,7 @@ def check_flags(args, saved):
     for flag in OF_CHECKPOINT if saved else ():
         value, before = getattr(args, flag), saved["flags"][flag]
         if value != before:
+            before = "its default" if before is None else before
             raise UserError(f"--{flag} {value}: {saved['path']} was trained with {before}; leave it out")
     processes = launch.world_size()
     args.workers = args.workers or (4 if processes == 1 and args.mask != "none" else processes)
@@ -214,9 +214,8 @@ def make_engine(plan, mask, mode, device, engine_class):
         return model
 
     first, optimizer = partial(initial_value, seed=args.seed), partial(make_optimizer, args)
-    engine = engine_class(
-        build_units, first, optimizer, plan.units, mask, mode, getattr(torch, args.dtype), device
-    )
+    dtype = getattr(torch, args.dtype)
+    engine = engine_class(build_units, first, optimizer, plan.units, mask, mode, dtype, device)
     if plan.saved:
         values = plan.saved.pop("model"), plan.saved.pop("optimizer")  # and let go of the file
         checkpoint.load_state(engine, *values)
@@ -277,14 +276,12 @@ def train(plan, engine, store, caught, log, before_step=None):
     first_step = progress["step"] + 1
     mask_number, mode = plan.setting(first_step)
     phase = costs.Phase(plan, engine, mode)
-    bar = tqdm(
-        range(first_step, args.steps + 1), initial=first_step - 1, total=args.steps, disable=engine.rank != 0,
-        unit="step", mininterval=0.5,
-    )  # fmt: skip
+    bar = tqdm(range(first_step, args.steps + 1), initial=first_step - 1, total=args.steps,
+               disable=engine.rank != 0, unit="step", mininterval=0.5)  # fmt: skip
     with ThreadPoolExecutor(1) as loader, bar:
         coming = loader.submit(load_batches, data, engine, args, first_step)
         for step in bar:
-            store.set(launch.heartbeat_key(engine.rank), str(step))
+            store.set(launch.HEARTBEAT.format(engine.rank), str(step))
             if plan.setting(step) != (mask_number, mode):
                 mask_number, mode = plan.setting(step)
                 if mode != phase.mode:
@@ -401,9 +398,10 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
     engine = make_engine(plan, mask, mode, device, engine_class)
     if rank_0:
         announce(plan, mask, device)
-    if plan.progress["step"] == args.steps:
-        return launch.shut_down()
     plan.data = plan.data.to(device)
+    if plan.progress["step"] == args.steps:
+        validate(plan, engine, tqdm, args.steps)
+        return launch.shut_down()
     if out:
         checkpoint.clear_folder(out, saved)  # only now, when all processes agree
     with (

@@ -24,8 +24,6 @@ def bench(plan, device):
         allocated, mode = torch.cuda.memory_allocated(), name.removeprefix("sdp-")
         engine = engines[name] = train.make_engine(plan, plan.draw_mask(0), mode, device, kind)
         of_workers = costs.dry_run(args, plan.whole.config, engine)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         for step in (1, 2, 3):  # to warm up
             train.update(engine, train.load_batches(plan.data, engine, args, step), args, step, args.lr)
         rows = costs.gather_costs(engine, of_workers, steps=3)

@@ -110,7 +110,8 @@ def official_files(source, data_dir, url):
 
 
 class State(list):  # of an array or a dtype in a pickle: numpy itself can crash on a damaged one
-    __setstate__ = list.extend
+    def __setstate__(self, state):
+        self.extend(state)
 
 
 class ArrayUnpickler(pickle._Unpickler):  # the one in C reserves all memory that a damaged file asks for

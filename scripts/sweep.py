@@ -20,7 +20,7 @@ def cyclic(units, workers, holders, seed=0, mask_number=0):
 
 
 def main(argv=None):
-    flags = ("--count", at_least(1), 16, "units"), ("--seed", at_least(0), 0, "of the masks (default: 0)")
+    flags = ("--count", at_least(1), 16, "units"), ("--seed", at_least(0), 0, "of the masks")
     args = make_parser(__doc__, flags).parse_args(argv)
     units = [Unit("unit", "unit", cost=1)] * args.count
     print(f"{'workers':<10}{'assign':<10}", *(f"{f'C = {eighths / 8:g}':>9}" for eighths in range(1, 9)))

@@ -133,24 +133,18 @@ def restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def checkpoint_to_resume(resume, out):
-    """The path of the file, or None. resume: --resume, which is "" where no file was named: then, and after
-    a restart by torchrun, it is what is in `out`, if there is something. Raises UserError."""
-    if resume == "" and not out:
-        raise UserError("--resume: without a file, needs the --out that has one")
-    if out and (resume == "" or restarted()):
-        there = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
-        return there[0] if there else None
-    return Path(resume) if resume else None
-
-
 def read_to_resume(resume, out):
     """The checkpoint to go on from, or None, as of `read_checkpoint`, with "path" and "of_out": does it lie
-    in the folder of --out? Raises UserError."""
-    path = checkpoint_to_resume(resume, out)
-    if path is None:
+    in the folder of --out? resume: --resume, which is "" where no file was named: then, and after a restart
+    by torchrun, it is what is in `out`, if there is something. Raises UserError."""
+    if resume == "" and not out:
+        raise UserError("--resume: without a file, needs the --out that has one")
+    paths = [Path(resume)] if resume else []
+    if out and (resume == "" or restarted()):
+        paths = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
+    if not paths:
         return None
-    of_out = bool(out) and path.resolve().parent == Path(out).resolve()
+    path, of_out = paths[0], bool(out) and paths[0].resolve().parent == Path(out).resolve()
     return read_checkpoint(path, flag="--resume: ") | {"path": path, "of_out": of_out}
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from masks import UserError
 from model import build, example
-from sdp import add_up
+from sdp import add_up, peers
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -44,16 +44,12 @@ def measured(passes=1):
     cost["activation_bytes"] = sum(sizes.values())
 
 
-def rows_of_a_pass(args):
-    return args.batch_size // args.workers // args.micro_batches
-
-
 def dry_run(args, config, engine):
     """{worker: what `measured` finds in a step} for this process's workers, on zeros: in the step itself it
     would change the rounding. Blocks are compiled here, since later others would wait. Raises UserError."""
-    found = {}
+    found, rows = {}, args.batch_size // args.workers // args.micro_batches
     for number, worker in engine.workers.items():
-        batch = [tensor.to(engine.device) for tensor in example(config, rows_of_a_pass(args))]
+        batch = [tensor.to(engine.device) for tensor in example(config, rows)]
         with worker.dry_run() as model:
             try:
                 if args.compile:
@@ -95,13 +91,14 @@ def ring_half(params, processes, dtype):
 def dense_worker(args, config, engine):
     """What one worker of dense data parallelism (torch's DDP) costs, in the keys of `gather_costs`. The
     model is run on fake tensors, which need no memory. The engine's masks do not matter."""
+    rows = args.batch_size // args.workers // args.micro_batches
     with torch.device("meta"):
         model = build(config)
     with FakeTensorMode(), torch.device(engine.device):
         values = {name: torch.empty(p.shape, dtype=engine.dtype) for name, p in model.named_parameters()}
         model.load_state_dict(values, assign=True)
         with measured(args.micro_batches) as cost:
-            model(*example(config, rows_of_a_pass(args))).backward()
+            model(*example(config, rows)).backward()
     params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
     moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
     master = 4 if width < 4 else 0  # a second, float32 copy of the weights in mixed precision
@@ -122,7 +119,8 @@ def gather_costs(engine, costs, steps):
             row[f"{kind}_bytes"] = round(engine.traffic[kind] / steps / len(engine.workers))
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
         own.append(row)
-    dist.all_gather_object(of_all, own)
+    with peers():
+        dist.all_gather_object(of_all, own)
     return sorted(sum(of_all, []), key=lambda row: row["worker"])
 
 

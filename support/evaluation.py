@@ -55,9 +55,8 @@ def evaluate(model, data, batch_size, device):
     """(loss, accuracy) of a whole model on the validation data: nats per token or image, and the share of
     them for which the true one has the highest logit. Each process takes its share of the rows."""
     own, totals = range(dist.get_rank(), data.tests, dist.get_world_size()), np.zeros(3)
-    rows = max(
-        1, min(batch_size // dist.get_world_size(), LOGITS_AT_ONCE // (data.items_per_row * data.outputs))
-    )
+    rows_at_once = LOGITS_AT_ONCE // (data.items_per_row * data.outputs)
+    rows = max(1, min(batch_size // dist.get_world_size(), rows_at_once))
     for i in range(0, len(own), rows):
         x, y = data.validation(own[i : i + rows], device)
         logits = model(x)  # (rows, classes) or (rows, context, vocabulary)

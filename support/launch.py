@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 from masks import UserError
+from sdp import peers
+
+HEARTBEAT = "step of rank {}"  # a key of the store
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +70,8 @@ def start(device_name, timeout):
         if local_processes <= gpus:  # NCCL refuses to share a GPU
             options |= {"backend": "nccl", "device_id": device}
     if not threads_were_chosen():
-        torch.set_num_threads(max(1, usable_cores() // local_processes))
+        usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, usable_cores // local_processes))
     if dist.is_initialized():  # in a notebook, by a run that was interrupted
         dist.destroy_process_group()
     store, rank, processes = dist.HashStore(), 0, 1
@@ -81,7 +85,7 @@ def start(device_name, timeout):
         port = "where the port is in use, set another MASTER_PORT, or torchrun's --master-port"
         gloo = "where gloo takes a wrong interface, set GLOO_SOCKET_IFNAME (one machine: lo, macOS: lo0)"
         raise UserError(f"the processes cannot reach each other ({reason}); {port}; {gloo}") from error
-    store.set(heartbeat_key(rank), "0")
+    store.set(HEARTBEAT.format(rank), "0")
     return device, store
 
 
@@ -89,10 +93,6 @@ def default_dtype(device):
     """The name of bfloat16 on GPUs that have it, else of float32."""
     fine = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fine else "float32"
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def threads_were_chosen():
@@ -124,7 +124,8 @@ def shut_down(together=True):
     """End the process group. Destroying it holds Python's lock, which gloo's threads need for a moment
     after the last traffic: without the pause torch 2.6 sometimes hangs here."""
     if together:
-        dist.barrier()
+        with peers():
+            dist.barrier()
     time.sleep(0.1)
     dist.destroy_process_group()
 
@@ -132,7 +133,8 @@ def shut_down(together=True):
 def check_same_everywhere(facts):
     """Raises UserError where a fact, {name: value}, is not the same on all processes."""
     of_all = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, facts)
+    with peers():
+        dist.all_gather_object(of_all, facts)
     for rank, others in enumerate(of_all):
         for name, value in of_all[0].items():
             if others[name] != value:
@@ -151,19 +153,15 @@ def catch_signals(*numbers):
         yield caught
 
 
-def heartbeat_key(rank):
-    return f"step of rank {rank}"
-
-
 def name_the_silent(store):
     """End this process, after a collective has failed, with a line that names who let the others wait. Who
     notices the failure adds a half to its step: so the lowest whole step is the culprit's."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     try:
         store.set_timeout(timedelta(seconds=10))
-        store.set(heartbeat_key(rank), str(float(store.get(heartbeat_key(rank))) + 0.5))
+        store.set(HEARTBEAT.format(rank), str(float(store.get(HEARTBEAT.format(rank))) + 0.5))
         time.sleep(2)  # until the others have noticed it too
-        steps = [float(store.get(heartbeat_key(each))) for each in range(processes)]
+        steps = [float(store.get(HEARTBEAT.format(each))) for each in range(processes)]
     except RuntimeError:  # rank 0 has the store, where there is no torchrun
         sys.exit("train.py: error: rank 0 has not answered")
     if rank != steps.index(max(steps)):  # another one speaks

@@ -222,7 +222,7 @@ def three_steps(folder, bad):
     """Three steps, of which rank 1 sees `bad` pixels in the second. Returns the state after each, on rank 0,
     and whether the loss and the gradient were finite."""
     flags = "--model vit --layers 2 --width 32 --hidden 32 --batch-size 8 --workers 2 --dtype float32".split()
-    args, _ = train.parse([*flags, "--data-dir", str(folder)])
+    args, _ = train.parse([*flags, "--data-dir", str(folder)], train.make_parser())
     plan = train.make_plan(args, None, masks.assign)
     engine = train.make_engine(plan, plan.draw_mask(0), "backward", torch.device("cpu"), SDP)
     states, finite = [], []

@@ -174,9 +174,9 @@ CAPS = {
     "train.py": 450,
     "test_sdp.py": 900,
     "README.md": 220,
-    "support": 610,  # of folders what is no test
+    "support": 600,  # of folders what is no test
     "scripts": 1000,
-    "all that is no test": 3130,
+    "all that is no test": 3100,
 }
 LONGEST_FUNCTION = 60
 

@@ -403,4 +403,4 @@ def test_all_are_killed_while_a_checkpoint_is_written(tmp_path, trial):
     steps = [checkpoint.read_checkpoint(path)["progress"]["step"] for path in left]
     logged = lines(out / "log.jsonl")
     assert logged - 2 <= steps[0] <= logged and steps == list(range(steps[0], steps[0] - len(steps), -1))
-    assert checkpoint.checkpoint_to_resume("", str(out)) == left[0]
+    assert checkpoint.read_to_resume("", str(out))["path"] == left[0]

@@ -157,7 +157,7 @@ def test_drop_path_skips_rows_of_branches():
     dense, (x, _) = dense_model(config), torch.randint(0, 50, (2, 1000, 8))
     first = dense.blocks["0"]
     embedded = dense.embedding(x)
-    rotation = models.rotary(8, config.head_width, embedded)
+    rotation = models.rotary(8, config.width // config.heads, embedded)
     scale = torch.where(torch.arange(1000) % 4 == 0, 0.0, 4 / 3).double()
     y = first(embedded, rotation, scale, torch.zeros(1000).double())
     attention = first.attention(first.norm1(embedded), rotation)

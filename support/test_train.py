@@ -82,16 +82,16 @@ def test_train_with_changed_ideas(alone, tmp_path):
 
 
 def test_learning_rate():
-    args, _ = train.parse(["--steps", "100", "--warmup", "10", "--lr", "1"])
+    args, _ = train.parse(["--steps", "100", "--warmup", "10", "--lr", "1"], train.make_parser())
     rates = [train.learning_rate(step, args) for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
-    args, _ = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"])
+    args, _ = train.parse(["--steps", "1", "--warmup", "0", "--lr", "1"], train.make_parser())
     assert train.learning_rate(1, args) > 0
 
 
 def test_sgd_has_nesterov_momentum():
-    args, _ = train.parse(["--model", "resnet18", "--lr", "0.1", "--weight-decay", "0"])
+    args, _ = train.parse(["--model", "resnet18", "--lr", "0.1", "--weight-decay", "0"], train.make_parser())
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = train.make_optimizer(args, [{"params": [parameter]}])
     for _ in range(2):
