@@ -361,7 +361,7 @@ sys.path.insert(0, {str(HERE)!r})
 import train
 
 train.main()
-print("threads were chosen:", train.launch.threads_were_chosen(), flush=True)
+sys.stdout.write(f"threads were chosen: {{train.launch.threads_were_chosen()}}\\n")  # in one piece
 """
 
 
