@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from masks import UserError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders
+KINDS = ("python", "fineweb", "cifar10", "cifar100", "imagenet")  # what --data can be
 HELD_OUT = 13  # of 256 files of text
 TOKENS = 50257  # of GPT-2; a model for them has 50304, a multiple of 128
 ARRAYS = ("train", "train-labels", "val", "val-labels")  # NAME.npy, for the first arguments of Images
@@ -41,6 +42,15 @@ def load(name, folder=None, context=None, tests=1):
         return read_images(name, folder or ("datasets/imagenet" if name == "imagenet" else "datasets"))
     except OSError as error:
         raise UserError(f"--data {name}: cannot be read ({error})") from None
+
+
+def load_batches(data, engine, args, step):
+    """{worker: (x, y)} for this process's workers: rows that depend on the step and the worker alone."""
+    batches, edges = {}, np.cumsum([0, *args.rows]) * (args.batch_size // sum(args.rows))
+    for worker in engine.workers:
+        which = slice(*edges[worker : worker + 2].tolist())
+        batches[worker] = data.batch(args.seed, step, args.batch_size, which, engine.device)
+    return batches
 
 
 class Text:

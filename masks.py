@@ -18,6 +18,7 @@ import numpy as np
 
 MODES = ("none", "backward", "forward")  # what --mask can be
 EVEN_ENOUGH = 1.1  # the fullest worker may hold this many times the mean
+MANY = 100_000  # exchanges, after which workers count as impossible to connect
 
 
 class UserError(Exception):
@@ -57,13 +58,20 @@ def schedule(step, mode, steps, resample=0, finish=0.0):
     return mask_number, ("backward" if finishing else mode)
 
 
-def assign(units, workers, holders, seed=0, mask_number=0):
+def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
     """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
-    Every column sums to `holders`. Rows differ by at most one unit within a kind of equal costs. The graph
-    of the workers that share a unit is connected where that is possible: with holders >= 2 and
-    len(units) * (holders - 1) >= workers - 1. Only mask 0 is searched for a wide spectral gap: where masks
-    keep changing, workers mix anyway. Raises UserError where a worker would hold no unit of some kind."""
+    Every column sums to `holders`. Rows follow the workers' capacity, whole numbers (default: all equal),
+    within one unit of each kind of equal costs. The graph of the workers that share a unit is connected where
+    that is possible: with holders >= 2 and len(units) * (holders - 1) >= workers - 1. Only mask 0 is searched
+    for a wide spectral gap: where masks keep changing, workers mix anyway. Raises UserError where a worker
+    would hold no unit of some kind, or more than all."""
+    capacity = np.array(capacity or [1] * workers)
     kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
+    if holders * capacity.max() > capacity.sum():
+        most = f"for {holders} holders of each unit one number is above 1/{holders} of the sum"
+        raise UserError(f"--capacity: {most}; make it smaller, or --coverage")
+    if fewest * holders * capacity.min() < capacity.sum() and capacity.min() < capacity.max():
+        raise UserError(f"--capacity: the smallest worker would have no unit ({kind}); make it larger")
     if fewest * holders < workers:
         enough = smallest_coverage(math.ceil(workers / fewest), workers)
         raise UserError(f"--coverage: too few units ({kind}) for {workers} workers; use {enough:g} or more")
@@ -71,29 +79,33 @@ def assign(units, workers, holders, seed=0, mask_number=0):
     tries = min(1000, 1_000_000 // workers**2) if mask_number == 0 else 0  # one gap takes cubic time
     attempts = []
     for _ in range(4):  # where units of a kind differ in cost, one search can end with an uneven load
-        mask = deal(units, workers, holders, rng)
+        mask = deal(units, capacity, holders, rng)
         if 1 < holders < workers:
-            mix(mask, units, rng, tries)
+            mix(mask, units, capacity, rng, tries)
         attempts.append(mask)
-        if imbalance(mask @ costs(units)) <= EVEN_ENOUGH:
+        if imbalance(mask @ costs(units) / capacity) <= EVEN_ENOUGH:
             break
-    return min(attempts, key=lambda mask: imbalance(mask @ costs(units)))
+    return min(attempts, key=lambda mask: imbalance(mask @ costs(units) / capacity))
 
 
-def deal(units, workers, holders, rng):
+def deal(units, capacity, holders, rng):
     """One random deal, bool [workers, units]. Units come in random order, the costly ones first. Each goes
-    to the `holders` workers that have the least of its kind. Ties go by the whole load, then by chance."""
-    mask = np.zeros((workers, len(units)), dtype=bool)
-    loads = {unit.kind: np.zeros(workers) for unit in units}
+    to the `holders` workers that are furthest below their share of its kind, or else of all; else by
+    chance."""
+    mask = np.zeros((len(capacity), len(units)), dtype=bool)
+    loads = {unit.kind: np.zeros(len(capacity)) for unit in units}
+    shares = {unit.kind: np.zeros(len(capacity)) for unit in units}  # of what has been dealt
     for u in sorted(rng.permutation(len(units)), key=lambda u: -units[u].cost):
-        of_kind, load = loads[units[u].kind], sum(loads.values())
-        chosen = np.lexsort((rng.random(workers), load, of_kind))[:holders]  # the last key counts first
-        mask[chosen, u] = True
-        of_kind[chosen] += units[u].cost
+        kind, cost = units[u].kind, units[u].cost
+        shares[kind] += cost * holders * capacity / capacity.sum()
+        above_in_kind, above = loads[kind] - shares[kind], sum(loads.values()) - sum(shares.values())
+        order = np.lexsort((rng.random(len(capacity)), above, above_in_kind))  # the last key counts first
+        mask[order[:holders], u] = True
+        loads[kind][order[:holders]] += cost
     return mask
 
 
-def mix(mask, units, rng, tries):
+def mix(mask, units, capacity, rng, tries):
     """Exchange units between random pairs of workers, in place, and undo what makes the mask worse. Make
     `tries` attempts at a wide gap and an even load, and more until workers are connected, if possible."""
     workers, holders = len(mask), mask[:, 0].sum()
@@ -101,12 +113,14 @@ def mix(mask, units, rng, tries):
 
     def quality():
         groups = number_of_groups(mask)
-        excess = max(0, imbalance(mask @ costs(units)) - EVEN_ENOUGH)
+        excess = max(0, imbalance(mask @ costs(units) / capacity) - EVEN_ENOUGH)
         return -groups, (spectral_gap(mask) - 4 * excess if groups == 1 else 0)
 
     best = quality()
-    while tries > 0 or (connectable and best[0] < -1):
-        tries -= 1
+    for attempt in range(MANY):
+        groups = -best[0]
+        if attempt >= tries and (groups == 1 or not connectable):
+            break
         i, j = rng.choice(workers, 2, replace=False)
         flipped = exchange(mask, units, i, j, rng)
         if flipped is not None:
@@ -186,12 +200,14 @@ def columns(units):
     return numbers
 
 
-def picture(mask, units, width=120):
+def picture(mask, units, machines=1, width=120):
     """The mask as text, at most `width` wide: a row for each layer, a column for each worker. A square is
     a unit, full where it is held. Where squares do not fit, numbers of held units take their place."""
     layers = columns(units)
     squares_fit = len(mask) * max(len(numbers) for numbers in layers.values()) <= width - 40
     table = {"worker": range(len(mask))}
+    if machines > 1:
+        table["machine"] = [worker * machines // len(mask) for worker in table["worker"]]
     for layer, numbers in layers.items():
         squares = ["".join(row) for row in np.where(mask[:, numbers], "█", "·")]
         table[layer] = squares if squares_fit else mask[:, numbers].sum(axis=1)
@@ -206,7 +222,7 @@ def picture(mask, units, width=120):
     return "\n".join(lines)
 
 
-def describe(mask, units, asked):
+def describe(mask, units, asked, machines=1):
     """The picture, the coverage that was asked and given, how even the load is, and the spectral gap."""
     coverage = f"coverage: asked {asked:g}, given {mask[:, 0].mean():g}"
     coverage += f" ({mask[:, 0].sum()} of {len(mask)} workers hold each unit)"
@@ -217,7 +233,9 @@ def describe(mask, units, asked):
     groups = number_of_groups(mask)
     together = "all workers are connected" if groups == 1 else f"{groups} groups of workers share no unit"
     gap = f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
-    return "\n".join([picture(mask, units), coverage, load, gap])
+    if groups > 1:
+        gap += "\n--resample, --keep or a larger --coverage brings the groups together"
+    return "\n".join([picture(mask, units, machines), coverage, load, gap])
 
 
 def main():

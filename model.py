@@ -39,6 +39,15 @@ SIZES["vit"]["tiny"] = {"patch": 16, "layers": 12, "width": 192, "heads": 3, "hi
 SIZES["vit"]["small"] = {"patch": 16, "layers": 12, "width": 384, "heads": 6, "hidden": 1024}  # as ViT-S/16
 
 
+def preset(model, size, data_shape):
+    """The shape that --size names, or the first that fits the data, as {field: value}. Raises UserError."""
+    sizes = SIZES[model]
+    if size and size not in sizes:
+        raise UserError(f"--size {size}: --model {model} has {', '.join(sizes) or 'only --width'}")
+    fitting = [each for each in sizes if each != "cifar" or data_shape["image"] <= 64]
+    return sizes[size or fitting[0]] if sizes else {}
+
+
 class Branch(nn.Module):
     """A sum over `units` units: `trained` of them learn, `frozen` more only compute, and others are absent.
     Frozen units are a second copy of the layer: autograd computes no weight gradients for it, and keeps no

@@ -1,14 +1,15 @@
 """The engine of Subnetwork Data Parallelism: owners, pull, push, step.
 
 Every parameter has one *owner*, whatever the masks. A *bucket*, one layer's parameters end to end, is cut
-into equal slices: process r keeps the master copy and the optimizer state of slice r. A step is
+into slices: each process keeps the master copy and the optimizer state of one. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
     push    workers send each gradient to its owner, who sums over the workers that train it
     step    owners divide by the number of those workers, clip, and update their slices
 
-Pull and push are one all_to_all of a bucket each. No activation moves. A process plays its workers in turn:
+Pull and push are one all_to_all of a bucket each, or two *hops* where there are several machines: across
+and inside. No activation moves. A process plays its workers in turn:
 
     engine = SDP(build, initial_value, optimizer, units, mask, mode)
     for worker in engine.workers:
@@ -19,10 +20,12 @@ Pull and push are one all_to_all of a bucket each. No activation moves. A proces
 Needs an initialised torch.distributed. Read next: data.py, then train.py.
 """
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -86,20 +89,41 @@ def runs(has, edges):
     return list(zip(begins[begins < ends].tolist(), ends[begins < ends].tolist()))
 
 
+class Layout:
+    """Machines with equally many processes, in the order of the ranks. Where both are several, a process is
+    in two groups: `across`, those at the same place of all machines, and `inside`, those of its machine.
+    Slices are numbered place by place: so what a process receives from the places of its machine, one after
+    another, is in the bucket's order."""
+
+    def __init__(self, machines=1, timeout=None, capacity=None):
+        """timeout: of the groups, a timedelta; capacity: a whole number of each worker (default: equal)."""
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        slices = ranks = np.arange(processes).reshape(machines, -1)  # [machines, places]
+        self.machines, (self.machine, self.place) = machines, divmod(rank, processes // machines)
+        self.two_levels = 1 < machines < processes
+        if self.two_levels:
+            self.inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+            slices = ranks.T
+        self.my_slice = slices.flatten().tolist().index(rank)
+        of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
+        self.capacity = of_processes[slices.flatten()]  # [slices]
+
+
 class Bucket:
     """One layer of the whole model, flattened, and the slice of it that this process owns. Chunk c lies from
-    chunk_edges[c] to chunk_edges[c + 1] and is of unit_of_chunk[c]. Process r owns what lies from
-    slice_edges[r] to slice_edges[r + 1]. my_edges are the chunks' edges counted from the start of this
-    process's slice; what lies outside of it has no length there."""
+    chunk_edges[c] to chunk_edges[c + 1] and is of unit_of_chunk[c]. Slice s lies from
+    slice_edges[s] to slice_edges[s + 1]. my_edges are the chunks' edges counted from the start of the owned
+    slice; what lies outside of it has no length there."""
 
-    def __init__(self, parameters, units_of_layer, initial_value, dtype, device):
+    def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
         initial_value(name) is asked for parameters that reach into the slice, one after another."""
         unit_of_chunk, sizes = chunks_of(parameters, units_of_layer)
         self.unit_of_chunk, self.chunk_edges = np.array(unit_of_chunk), np.cumsum([0, *sizes])
-        rank, processes, size = dist.get_rank(), dist.get_world_size(), sum(sizes)
-        self.slice_edges = np.minimum(np.arange(processes + 1) * -(-size // processes), size)
-        start, stop = self.slice_edges[rank : rank + 2].tolist()
+        shares = np.cumsum([0, *layout.capacity])
+        self.slice_edges = (shares * math.ceil(sum(sizes) / shares[-1])).clip(max=sum(sizes))
+        start, stop = self.slice_edges[layout.my_slice : layout.my_slice + 2].tolist()
         self.my_edges = self.chunk_edges.clip(start, stop) - start
         wide = torch.promote_types(dtype, torch.float32)
         self.master = torch.empty(stop - start, dtype=wide, device=device)
@@ -122,39 +146,55 @@ class Bucket:
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
         return np.column_stack([mask, np.full(len(mask), True)])[:, self.unit_of_chunk]  # -1: the last column
 
-    def count_trainers(self, trains):
-        """Find out by how many the sum of the gradients is to be divided; trains: bool [workers, units]."""
-        trainers = self.has(trains).sum(axis=0)  # [chunks]
+    def count_trainers(self, trains, weights):
+        """What to divide sums by: the weights, [workers], of who trains; trains: bool [workers, units]."""
+        trainers = np.array(weights) @ self.has(trains)  # [chunks]
         self.trainers = []
         for number in np.unique(trainers).tolist():
             self.trainers += [(a, b, number) for a, b in runs(trainers[None] == number, self.my_edges)]
 
 
-class Route:
-    """What moves between a bucket's owners and the workers that play now; has: bool [processes, chunks].
-    Slices are cut in the order of the chunks: so what a worker has of slice 0, then of slice 1, and so on,
-    is all that it has in the bucket's order. Nothing needs sorting, in either direction."""
+class Hop:
+    """One all_to_all of a bucket, from who has values to who wants them; a push goes the other way. Each
+    member of a group has what lies between two `cuts`, in the order of the chunks: so what a member gets from
+    the first, then from the second, and so on, is in the bucket's order. So nothing needs to be sorted."""
 
-    def __init__(self, bucket, has):
-        mine, edges, cuts = has[dist.get_rank()], bucket.chunk_edges, bucket.slice_edges.tolist()
-        # how many elements this worker has of each owner's slice, and each worker of this owner's slice
-        self.by_owner = [int(mine @ np.diff(edges.clip(a, b))) for a, b in zip(cuts, cuts[1:])]
-        self.by_worker = (has @ np.diff(bucket.my_edges)).tolist()
-        self.runs = runs(has, bucket.my_edges)  # in this owner's slice, worker by worker
-        self.own_edges = np.cumsum([0, *mine * np.diff(edges)])  # of the chunks, in what this worker has
+    def __init__(self, group, me, crosses, edges, cuts, source_edges, wants):
+        """me: this process's number in the group; crosses: are the others on other machines? edges: of the
+        chunks; source_edges: of the chunks in what this member has; wants: bool [members, chunks]."""
+        self.group, self.me, self.crosses = group, me, crosses
+        # how many elements this member gets from each other one, and each other one from it
+        self.received = [int(wants[me] @ np.diff(edges.clip(a, b))) for a, b in pairwise(cuts.tolist())]
+        self.sent = (wants @ np.diff(source_edges)).tolist()
+        self.runs = runs(wants, source_edges)  # what is sent, one member after another
+        self.edges = np.cumsum([0, *wants[me] * np.diff(edges)])  # of the chunks, in what this member gets
+
+
+def hops_of(bucket, has, layout):
+    """From the owners to the workers that play now; has: bool [processes, chunks], what each of them has. In
+    two levels a value crosses once to each machine where anybody has it."""
+    machines, place, edges, cuts = layout.machines, layout.place, bucket.chunk_edges, bucket.slice_edges
+    if not layout.two_levels:
+        return [Hop(None, dist.get_rank(), machines > 1, edges, cuts, bucket.my_edges, has)]
+    by_machine = has.reshape(machines, -1, has.shape[1])  # [machines, places, chunks]
+    here = cuts[place * machines : (place + 1) * machines + 1]  # of the owners at this place
+    near = edges.clip(here[0], here[-1])
+    across = Hop(layout.across, layout.machine, True, near, here, bucket.my_edges, by_machine.any(axis=1))
+    wants = by_machine[layout.machine]
+    return [across, Hop(layout.inside, place, False, edges, cuts[::machines], across.edges, wants)]
 
 
 class Part:
     """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
 
-    def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype):
+    def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype, layout):
         """trains, reads: bool [processes, chunks]; parameters: {name: parameter of `model`}, on the meta
         device until now; traffic: a Counter of the bytes sent."""
-        self.bucket, self.traffic, self.rank = bucket, traffic, dist.get_rank()
-        self.pull_route, self.push_route = Route(bucket, reads), Route(bucket, trains)
+        self.bucket, self.traffic = bucket, traffic
+        self.pull_hops, self.push_hops = hops_of(bucket, reads, layout), hops_of(bucket, trains, layout)
         self.missing = 0  # gradients that are still to come in this turn
-        me = [self.rank]
-        trained, frozen = (runs(has[me], self.pull_route.own_edges) for has in (trains, reads & ~trains))
+        me, edges = [dist.get_rank()], self.pull_hops[-1].edges
+        trained, frozen = (runs(has[me], edges) for has in (trains, reads & ~trains))
         self.order = trained + frozen if trained and frozen else None  # a pull brings them mixed up
         meta = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
         sizes = [like.numel() for _, like in meta]
@@ -173,39 +213,45 @@ class Part:
         self.values.untyped_storage().resize_(nbytes)
 
     def pull(self):
-        """Fill the parameters with the owners' values: a generator, which stops while they are under way."""
-        slices = (self.bucket.master[a:b] for a, b in self.pull_route.runs)
-        send = self.values.new_empty(sum(self.pull_route.by_worker))
-        torch.cat([self.bucket.master[:0], *slices], out=send)
-        received = torch.empty_like(self.values) if self.order else self.values
-        yield from self._exchange("pull", received, send, self.pull_route.by_owner, self.pull_route.by_worker)
+        """Fill the parameters with the owners' values: a generator, which stops while a hop is under way."""
+        values = self.bucket.master
+        for hop in self.pull_hops:
+            send = self.values.new_empty(sum(hop.sent))
+            torch.cat([values[:0], *(values[a:b] for a, b in hop.runs)], out=send)
+            straight = hop is self.pull_hops[-1] and not self.order
+            values = self.values if straight else self.values.new_empty(sum(hop.received))
+            yield from self._exchange("pull", hop, values, send, hop.received, hop.sent)
         if self.order:
-            torch.cat([received[a:b] for a, b in self.order], out=self.values)
+            torch.cat([values[a:b] for a, b in self.order], out=self.values)
 
     def push(self):
-        """Send the gradients to their owners, and free them: a generator, which stops while they are under
-        way. They leave from the memory of the weights, which nothing needs any more. Owners add up in rank
-        order and in their own precision, so that each run gives the same sum."""
+        """Send the gradients to their owners, and free them: a generator, which stops while a hop is under
+        way. They leave from the memory of the weights, which nothing needs any more. Each hop adds up in rank
+        order and in the owners' precision, so that each run gives the same sum."""
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
-        send = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: autograd need not know
-        torch.cat([send[:0], *(gradient.flatten() for gradient in gradients)], out=send)
+        total = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: autograd need not know
+        torch.cat([total[:0], *(gradient.flatten() for gradient in gradients)], out=total)
         for parameter in self.trained:
             parameter.grad = None
-        received = send.new_empty(sum(self.push_route.by_worker))
-        yield from self._exchange("push", received, send, self.push_route.by_worker, self.push_route.by_owner)
-        sizes = [b - a for a, b in self.push_route.runs]
-        for (a, b), gradient in zip(self.push_route.runs, received.split(sizes)):
-            self.bucket.mean[a:b] += gradient
+        for hop in reversed(self.push_hops):
+            send = total.to(self.values.dtype)
+            received = send.new_empty(sum(hop.sent))
+            yield from self._exchange("push", hop, received, send, hop.sent, hop.received)
+            mean = self.bucket.mean
+            total = mean if hop is self.push_hops[0] else mean.new_zeros(sum(self.push_hops[0].received))
+            for (a, b), gradient in zip(hop.runs, received.split([b - a for a, b in hop.runs])):
+                total[a:b] += gradient
 
-    def _exchange(self, kind, received, send, received_splits, send_splits):
+    def _exchange(self, kind, hop, received, send, received_splits, send_splits):
         """One all_to_all, under way while this generator stops at the size of its buffer, in bytes. gloo has
         been silently wrong with CUDA tensors (https://github.com/pytorch/pytorch/pull/170812): they go
         through CPU buffers."""
-        self.traffic[kind] += (sum(send_splits) - send_splits[self.rank]) * send.element_size()
+        sent = (sum(send_splits) - send_splits[hop.me]) * send.element_size()
+        self.traffic.update({kind: sent, "between_machines": sent * hop.crosses})
         through_cpu = send.is_cuda and dist.get_backend() == "gloo"
         to = torch.empty_like(received, device="cpu") if through_cpu else received
         send = send.cpu() if through_cpu else send
-        work = dist.all_to_all_single(to, send, received_splits, send_splits, async_op=True)
+        work = dist.all_to_all_single(to, send, received_splits, send_splits, group=hop.group, async_op=True)
         yield received.nbytes
         with peers():
             work.wait()
@@ -213,10 +259,13 @@ class Part:
             received.copy_(to)
 
 
-def wait_for(exchange):
-    """Wait for a pull or push that is under way, and end it: this frees its buffers."""
-    for _ in exchange:
-        pass
+def advance(under_way, *more):
+    """Wait for pulls or pushes that are under way and start their next hops, oldest first; then start `more`.
+    So each hop has the time of a layer, and all processes start all hops in the same order. Returns those
+    that have not ended, as [(exchange, bytes of its buffer)]; under_way is such a list."""
+    exchanges = [exchange for exchange, _ in under_way] + list(more)
+    buffers = [(exchange, next(exchange, None)) for exchange in exchanges]
+    return [(exchange, nbytes) for exchange, nbytes in buffers if nbytes is not None]
 
 
 class Worker:
@@ -224,17 +273,17 @@ class Worker:
     collective, also who has nothing of a bucket, in one order: pulls first bucket to last, each finished just
     before its layer runs; pushes last to first, each sent when its gradients are complete."""
 
-    def __init__(self, model, buckets, trains, reads, traffic, dtype):
+    def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.parts, self.dry = model, [], False
-        self.fetched, self.pulling = 0, ()  # parts that are there, and the pull that is under way
-        self.unsent, self.pushing = [], ()  # parts that wait for gradients, and the push that is under way
-        self.push_bytes = 0  # of the push under way
+        self.hops = 2 if layout.two_levels else 1
+        self.fetched, self.unsent = 0, []  # how many parts are there, and those that wait for gradients
+        self.pulling, self.pushing = [], []  # what is under way, see `advance`
         self.grad_bytes = 0  # of all gradients, at their most
         modules, parameters = dict(model.named_modules()), by_bucket(model)
         for number, (name, bucket) in enumerate(buckets.items(), start=1):
             has = bucket.has(trains), bucket.has(reads)
-            part = Part(bucket, *has, model, parameters[name], traffic, dtype)
+            part = Part(bucket, *has, model, parameters[name], traffic, dtype, layout)
             self.parts.append(part)
             if name in modules:
                 modules[name].register_forward_pre_hook(partial(Worker.fetch, weakref.proxy(self), number))
@@ -243,25 +292,23 @@ class Worker:
                 hook = partial(Worker._count_gradient, weakref.proxy(self), weakref.proxy(part))
                 parameter.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, passes=1):
-        """Allocate the parameters, if they are not, and start to pull them for so many backward passes."""
+    def begin(self, passes=1, dry=False):
+        """Allocate the parameters, and start to pull them for so many passes; if dry, let them be zeros."""
         for part in self.parts:
             part.resize(part.values.nbytes)
             part.missing = passes * len(part.trained)
-        self.fetched, self.unsent = 0, list(self.parts)
-        self._start_pull()
-
-    def _start_pull(self):
-        if self.fetched < len(self.parts):
-            self.pulling = self.parts[self.fetched].pull()
-            next(self.pulling)
+            if dry:
+                part.values.zero_()
+        self.dry, self.unsent = dry, [] if dry else list(self.parts)
+        self.fetched = -self.hops  # so many hops, until the first one is there
+        self.fetch(0)
 
     def fetch(self, needed, *_):
-        """Wait until so many parts are there, and start to pull the next one."""
+        """Wait until so many parts are there, while the next ones are on their way."""
         while self.fetched < needed and not self.dry:
-            wait_for(self.pulling)
+            coming = self.parts[self.fetched + self.hops :][:1]
+            self.pulling = advance(self.pulling, *(part.pull() for part in coming))
             self.fetched += 1
-            self._start_pull()
 
     def _count_gradient(self, part, parameter):
         if self.dry:
@@ -275,47 +322,34 @@ class Worker:
 
     def _push(self):
         alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
-        self.grad_bytes = max(self.grad_bytes, alive + self.push_bytes)
-        wait_for(self.pushing)
-        self.pushing = self.unsent.pop().push()
-        self.push_bytes = next(self.pushing)
+        self.grad_bytes = max(self.grad_bytes, alive + sum(nbytes for _, nbytes in self.pushing))
+        self.pushing = advance(self.pushing, self.unsent.pop().push())
 
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
         while self.unsent:
             self._push()
-        wait_for(self.pushing)
-        self.push_bytes = 0
+        while self.pushing:
+            self.pushing = advance(self.pushing)
         for part in self.parts if free else ():
-            part.resize(0)
-
-    @contextmanager
-    def dry_run(self):
-        """`with worker.dry_run() as model:` the module full of zeros, for which nothing moves."""
-        for part in self.parts:
-            part.resize(part.values.nbytes)
-            part.values.zero_()
-        self.dry = True
-        yield self.model
-        self.dry = False
-        for part in self.parts:
             part.resize(0)
 
 
 class SDP:
-    """Trains one model with len(mask) workers on the processes of the default group. Process r plays the
-    workers r, r + P, ... build(units): as model.build. initial_value(whole model, name of a parameter):
-    float tensor on the CPU. optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see
-    masks.py. dtype: of weights, gradients and traffic; owners keep at least float32."""
+    """Trains one model with len(mask) workers, as many on each process: with K, process r plays r K to
+    r K + K - 1. build(units): as model.build. initial_value(whole model, name of a parameter): float tensor
+    on the CPU. optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py.
+    dtype: of weights, gradients and traffic; owners keep at least float32. layout: a Layout. weights: a list,
+    by what the caller multiplies each worker's loss; their mean is 1."""
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype=torch.float32, device="cpu"):
+    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype, device, layout, weights):
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
-        self.traffic = Counter()  # bytes sent to other processes in all turns, for "pull" and "push"
+        self.layout, self.weights, self.traffic = layout, weights, Counter()  # of bytes, see Part._exchange
         with torch.device("meta"):
             whole = build({})
-        numbers, values = columns(units), partial(initial_value, whole)
-        self.buckets = {n: Bucket(p, numbers, values, dtype, device) for n, p in by_bucket(whole).items()}
+        more = columns(units), partial(initial_value, whole), dtype, device, layout
+        self.buckets = {name: Bucket(parameters, *more) for name, parameters in by_bucket(whole).items()}
         pieces = {n: piece for bucket in self.buckets.values() for n, (_, piece) in bucket.pieces.items()}
         matrices = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() > 1]
         vectors = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() == 1]
@@ -328,24 +362,25 @@ class SDP:
         owners keep what they own, and the next pull brings it to the new holders."""
         self.trains, reads = roles(mode, mask)
         for bucket in self.buckets.values():
-            bucket.count_trainers(self.trains)
-        self.workers = {}  # first let go of the old ones
-        for first in range(0, len(mask), self.processes):  # of the workers that play at the same time
-            trained, read = (role[first : first + self.processes] for role in (self.trains, reads))
+            bucket.count_trainers(self.trains, self.weights)
+        self.workers, turns = {}, len(mask) // self.processes  # first let go of the old ones
+        for turn in range(turns):
+            trained, read = self.trains[turn::turns], reads[turn::turns]  # of those that play together
             mine, frozen = trained[self.rank], (read & ~trained)[self.rank]  # bool [units] each
             layers = columns(self.units).items()
             with torch.device("meta"):
                 model = self.build({layer: (int(mine[n].sum()), int(frozen[n].sum())) for layer, n in layers})
-            worker = Worker(model, self.buckets, trained, read, self.traffic, self.dtype)
-            self.workers[first + self.rank] = worker
+            worker = Worker(model, self.buckets, trained, read, self.traffic, self.dtype, self.layout)
+            self.workers[self.rank * turns + turn] = worker
 
     @contextmanager
-    def turn(self, worker, passes=1):
+    def turn(self, worker, passes=1, dry=False):
         """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for so many
-        passes. Gradients add up, and the last pass sends them. All processes take their turns in order."""
-        self.workers[worker].begin(passes)
+        passes. Gradients add up, and the last pass sends them. All processes take their turns in order. If
+        dry, it has zeros, and nothing is sent."""
+        self.workers[worker].begin(passes, dry)
         yield self.workers[worker].model
-        self.workers[worker].end(free=len(self.workers) > 1)  # the next worker needs the room
+        self.workers[worker].end(free=dry or len(self.workers) > 1)  # the next worker needs the room
 
     @contextmanager
     def whole(self):
@@ -353,7 +388,7 @@ class SDP:
         everything = np.ones((self.processes, len(self.units)), bool)
         with torch.device("meta"):
             model = self.build({}).requires_grad_(False)
-        reader = Worker(model, self.buckets, everything, everything, Counter(), self.dtype)
+        reader = Worker(model, self.buckets, everything, everything, Counter(), self.dtype, self.layout)
         reader.begin()
         reader.fetch(len(reader.parts))
         yield model.eval()
@@ -382,7 +417,7 @@ class SDP:
         return norm, *sums
 
     def memory(self, worker):
-        """What a worker takes of live tensors, in bytes. Gradients are its own at their most, with those on
+        """What a worker takes of live tensors, in bytes. Gradients: its own at their most, with those on
         their way, and the owned slices of the mean; "optimizer_bytes" include the master copy."""
         worker, buckets = self.workers[worker], self.buckets.values()
         moments = [t for state in self.optimizer.state.values() for t in state.values() if t.dim() > 0]

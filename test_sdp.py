@@ -33,7 +33,7 @@ import train
 from data import Text
 from masks import Unit, UserError, assign, holders_per_unit, spectral_gap
 from model import GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
-from sdp import SDP, Bucket, Part, Route, bucket_of
+from sdp import SDP, Bucket, Layout, Part, bucket_of, hops_of
 from support import checkpoint, evaluation
 from support.evaluation import estimate_statistics
 from support.processes import HERE, read_log, read_summary
@@ -80,17 +80,13 @@ def make_mask(kind, workers, coverage=0.5, config=SMALL):
     return units, assign(units, workers, holders_per_unit(coverage, workers))
 
 
-def make_engine(mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw):
+def make_engine(
+    mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw, machines=1
+):
     units, mask = make_mask(kind, workers, coverage, config)
-    return SDP(
-        build=lambda numbers: build(config, numbers),
-        initial_value=lambda model, name: initial_value(model, name, seed=0),
-        optimizer=optimizer,
-        units=units,
-        mask=mask,
-        mode=mode,
-        dtype=dtype,
-    )
+    more = units, mask, mode, dtype, "cpu", Layout(machines), [1.0] * workers
+    first = functools.partial(initial_value, seed=0)
+    return SDP(functools.partial(build, config), first, optimizer, *more)
 
 
 def batch(step, worker=None, rows=2, config=SMALL):
@@ -117,8 +113,8 @@ def owned(engine, of_bucket, config=SMALL):
     found = {}
     for bucket_name, bucket in engine.buckets.items():
         slices = [None] * engine.processes
-        dist.all_gather_object(slices, of_bucket(bucket))
-        flat = torch.cat(slices)
+        dist.all_gather_object(slices, (engine.layout.my_slice, of_bucket(bucket)))
+        flat = torch.cat([values for _, values in sorted(slices, key=lambda each: each[0])])
         for name, parameter in parameters.items():
             if bucket_of(name) == bucket_name:
                 found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
@@ -240,7 +236,8 @@ def test_masks_connect_when_only_a_path_can():
 def test_masks_join_what_is_apart():
     """Fifty pairs of workers that share their two units with nobody else: exchanges connect them."""
     mask = np.kron(np.eye(50, dtype=bool), np.ones((2, 2), bool))  # [100 workers, 100 units]
-    masks.mix(mask, [Unit(str(u), "unit", 1) for u in range(100)], np.random.default_rng(0), tries=0)
+    units = [Unit(str(u), "unit", 1) for u in range(100)]
+    masks.mix(mask, units, np.ones(100), np.random.default_rng(0), tries=0)
     assert masks.number_of_groups(mask) == 1
     assert (mask.sum(axis=0) == 2).all() and (mask.sum(axis=1) == 2).all()
 
@@ -297,10 +294,11 @@ def worked_example():
     """The example in the reading guide, course/reading.md."""
     parameters = {"blocks.0.norm.weight": torch.zeros(3), "blocks.0.mlp.w": torch.zeros(2, 4)}
     mask = np.array([[True, False], [False, True]])
-    bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, parameters.get, torch.float32, "cpu")
-    route = Route(bucket, bucket.has(mask))
+    layout = Layout()
+    bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, parameters.get, torch.float32, "cpu", layout)
+    (hop,) = hops_of(bucket, bucket.has(mask), layout)
     tables = (bucket.chunk_edges, bucket.unit_of_chunk, bucket.slice_edges, bucket.my_edges)
-    return *(table.tolist() for table in tables), route.by_owner, route.by_worker, route.runs
+    return *(table.tolist() for table in tables), hop.received, hop.sent, hop.runs
 
 
 def test_the_worked_example(in_processes):
@@ -447,10 +445,11 @@ def plan_for_1024():
     gap = spectral_gap(mask)
     like = {"blocks.0.w.a": torch.empty(10_000, 4, device="meta")}
     values = torch.zeros(10_000, 4)
-    bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu")
-    route = Route(bucket, bucket.has(mask))
+    layout = Layout()
+    bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu", layout)
+    (hop,) = hops_of(bucket, bucket.has(mask), layout)
     seconds = time.perf_counter() - began
-    assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(route.by_owner) == 4 * mask[5].sum()
+    assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(hop.received) == 4 * mask[5].sum()
     return seconds
 
 
@@ -470,9 +469,10 @@ def test_plans_for_1024_workers():
     assert peak < 500e6
 
 
-def gradients_that_arrive(mode, kind, same_batch, config, changed=False):
+def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machines=1):
     """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
-    engine, (units, mask) = make_engine(mode, kind, 4, config=config), make_mask(kind, 4, config=config)
+    engine = make_engine(mode, kind, 4, config=config, machines=machines)
+    units, mask = make_mask(kind, 4, config=config)
     if changed:  # to this mode and mask, from others
         engine = make_engine("backward" if mode == "forward" else "forward", kind, 4, 0.75, config)
         for worker in engine.workers:
@@ -508,6 +508,7 @@ def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, 
     in_processes(4, gradients_that_arrive, mode, kind, False, config)
     if config == SMALL:
         in_processes(2, gradients_that_arrive, mode, kind, True, config)
+        in_processes(4, gradients_that_arrive, mode, kind, False, config, False, 2)  # on two machines
 
 
 @pytest.mark.parametrize("mode, kind", SCHEMES)
@@ -582,9 +583,8 @@ def forward_masked_worker(kind, config):
 @each_model
 def test_forward_masking_is_a_smaller_model(in_processes, kind, config):
     names = in_processes(4, forward_masked_worker, kind, config)
-    assert (len(set(map(tuple, names))) > 1) == (
-        kind == "block"
-    )  # blocks: other workers have other parameters
+    differ = len(set(map(tuple, names))) > 1
+    assert differ == (kind == "block")  # other workers have other blocks
 
 
 def pulled_values(mode, kind, dtype):
@@ -619,8 +619,8 @@ def test_readers_agree_to_the_last_bit(in_processes, mode, kind):
     in_processes(4, pulled_values, mode, kind, torch.float32 if kind == "block" else torch.bfloat16)
 
 
-def train_four_workers(mode, kind, config, steps=3):
-    engine = make_engine(mode, kind, 4, config=config)
+def train_four_workers(mode, kind, config, machines=1, steps=3):
+    engine = make_engine(mode, kind, 4, config=config, machines=machines)
     first = whole_values(engine)
     for step in range(steps):
         for worker in engine.workers:
@@ -636,11 +636,13 @@ def train_four_workers(mode, kind, config, steps=3):
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
 def test_processes_do_not_matter(in_processes, mode, kind, config):
-    """Four workers on 1, 2 and 4 processes; and the initial model is the dense one whatever they hold."""
+    """Four workers on 1, 2 and 4 processes, also on two and on four machines; and the initial model is the
+    dense one whatever they hold."""
     if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):
         pytest.skip("these two schemes suffice for images")
-    numbers = (1, 2, 4) if config == SMALL else (1, 4)
-    runs = [result for n in numbers for result in in_processes(n, train_four_workers, mode, kind, config)]
+    layouts = [(1, 1), (4, 1), (4, 2)] + ([(2, 1), (2, 2), (4, 4)] if config == SMALL else [])
+    of_layouts = [in_processes(n, train_four_workers, mode, kind, config, m) for n, m in layouts]
+    runs = sum(of_layouts, [])
     for first, last in runs:
         assert_close(first, dict(dense_model(config).named_parameters()), 0)
         assert_close(last, runs[0][1], 1e-10)

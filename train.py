@@ -17,6 +17,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +27,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import masks
-from data import load
+from data import KINDS, load, load_batches
 from masks import UserError
-from model import CONFIGS, SIZES, build, initial_value, shared_blocks, units_of
-from sdp import SDP, PeerLost
+from model import CONFIGS, build, initial_value, preset, shared_blocks, units_of
+from sdp import SDP, Layout, PeerLost
 from support import checkpoint, costs, launch
 from support.evaluation import evaluate, whole_model
-from support.launch import at_least
+from support.launch import at_least, whole_numbers
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
@@ -40,10 +41,13 @@ OF_TRAINING = ("drop_path", "checkpoint_activations")  # likewise, but not of th
 OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --resume may not change
 
 FLAGS = (  # name, type or choices, default, meaning
-    ("--mask", masks.MODES, "backward", "none: data parallelism; backward: whole forward pass, gradients for"
-     " held units; forward: only held units exist"),
+    ("--mask", masks.MODES, "backward", "backward: only held units learn; forward: only they exist"),
     ("--units", ("block", "neuron"), "block", "residual blocks; or heads, groups of neurons and of channels"),
     ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
+    ("--assign", ("worker", "machine"), "worker", "machine: all workers of a machine hold the same units"),
+    ("--machines", at_least(1), None, "of --assign machine, which one can play (default: torchrun's)"),
+    ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of units and owned values"),
+    ("--rows", whole_numbers, None, "of a batch: each worker's share, as 2,1,1,1 (default: equal)"),
     ("--resample", at_least(0), 0, "steps between new masks, 0 = never"),
     ("--finish", at_least(0, float), 0.0, "last fraction of a forward-masked run with backward masking"),
     ("--keep", str, "none", "blocks that all hold: none, ends, strided (of a ResNet), or numbers as 0,5"),
@@ -59,8 +63,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--context", at_least(1), None, "tokens of a sequence (default: 128; of fineweb 1024)"),
     ("--drop-path", at_least(0, float), 0.0, "stochastic depth: chance of a row to skip a branch"),
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
-    ("--data", ("python", "fineweb", "cifar10", "cifar100", "imagenet"), "python", "python: its library's .py"
-     " files, byte by byte; the others are made by python -m scripts.prepare"),
+    ("--data", KINDS, "python", "its library's .py files as bytes, or what scripts.prepare has made"),
     ("--data-dir", str, None, "folder of the data (default: datasets, or a folder in it), or of .py files"),
     ("--steps", at_least(1), None, "updates (default: 300)"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
@@ -73,8 +76,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
     ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
     ("--eval-batches", at_least(1), 20, "batches of a validation on text; images: the whole test set"),
-    ("--dtype", ("float32", "bfloat16", "float64"), None, "of weights, gradients and traffic; owners keep at"
-     " least float32 (default: bfloat16 on GPUs that have it, else float32)"),
+    ("--dtype", ("float32", "bfloat16", "float64"), None, "of all but owners (default: bfloat16 on GPUs)"),
     ("--device", ("auto", "cpu", "cuda"), "auto", "auto: cuda where there is one, else cpu"),
     ("--compile", bool, False, "torch.compile each block"),
     ("--seed", at_least(0), 0, "of initial values, batches and masks"),
@@ -110,17 +112,24 @@ def parse(argv, parser):
 
 
 def check_flags(args, saved):
-    """Complete --workers. Raises UserError where flags contradict each other or the checkpoint."""
+    """Complete --workers, --machines, --rows. Raises UserError where flags or the checkpoint contradict."""
     for flag in OF_CHECKPOINT if saved else ():
         value, before = getattr(args, flag), saved["flags"][flag]
         if value != before:
-            before = "its default" if before is None else before
-            raise UserError(f"--{flag} {value}: {saved['path']} was trained with {before}; leave it out")
+            before = f"{saved['path']} was trained with {before or 'its default'}"
+            raise UserError(f"--{flag} {value}: {before}; leave it out")
     processes = launch.world_size()
     args.workers = args.workers or (4 if processes == 1 and args.mask != "none" else processes)
-    parts = args.workers * args.micro_batches
+    args.machines = args.machines or launch.count_machines()
+    args.rows = args.rows or [1] * args.workers
+    parts = sum(args.rows) * args.micro_batches
     possible = (args.batch_size // parts + 1) * parts
+    by_machine, each = args.assign == "machine", f"needs {args.workers} numbers, one for each worker"
     for wrong, flag, remedy in (
+        (by_machine and args.machines == 1, "assign", "needs several machines; --machines 2 plays two"),
+        (by_machine and args.capacity, "capacity", "is not for --assign machine"),
+        (len(args.rows) != args.workers, "rows", each),
+        (len(args.capacity or args.rows) != args.workers, "capacity", each),
         (args.resample and args.mask == "none", "resample", "is not for --mask none, which has no masks"),
         (args.resample and args.compile, "resample", "not together with --compile, each time anew"),
         (args.finish and args.mask != "forward", "finish", "is for --mask forward"),
@@ -128,26 +137,24 @@ def check_flags(args, saved):
         (args.drop_path >= 1, "drop_path", "must be below 1, such as 0.1"),
         (args.steps and args.epochs, "epochs", "not together with --steps; choose one"),
         (args.workers % processes, "workers", f"must be a multiple of the {processes} processes"),
+        (args.workers % args.machines, "machines", f"must divide the {args.workers} workers"),
         (args.batch_size % parts, "batch_size", f"must be a multiple of {parts}, the {args.workers} workers"
-         f" times {args.micro_batches} --micro-batches, such as {possible}"),
+         f" (or the sum of --rows) times {args.micro_batches} --micro-batches, such as {possible}"),
     ):  # fmt: skip
         if wrong:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: {remedy}")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {remedy}")
 
 
 def make_config(args, data, saved):
     """The config of --model for the data: what the checkpoint has; or the preset of --size, then the flags
     that were given. Raises UserError where the model does not fit the flags or the data."""
-    sizes, known = SIZES[args.model], {field.name for field in fields(CONFIGS[args.model])}
+    known = {field.name for field in fields(CONFIGS[args.model])}
     given = {flag: getattr(args, flag) for flag in SHAPE if getattr(args, flag) is not None}
     for name in (data.shape | given).keys() - known:
         flag = name if name in given else "data"
         raise UserError(f"--{flag} {getattr(args, flag)}: is not for --model {args.model}")
-    if args.size and args.size not in sizes:
-        raise UserError(f"--size {args.size}: --model {args.model} has {', '.join(sizes) or 'only --width'}")
-    fitting = [size for size in sizes if size != "cifar" or data.shape["image"] <= 64]
-    preset = sizes[args.size or fitting[0]] if sizes else {}
-    config = saved["config"] if saved else CONFIGS[args.model](**(preset | data.shape | given))
+    shape = preset(args.model, args.size, data.shape) | data.shape | given
+    config = saved["config"] if saved else CONFIGS[args.model](**shape)
     for field, value in data.shape.items():
         if getattr(config, field) != value:
             raise UserError(f"--data-dir {args.data_dir}: has {field} {value}, unlike what was trained on")
@@ -186,12 +193,15 @@ def make_plan(args, saved, assign):
         whole = build(make_config(args, data, saved))
         shared = shared_blocks(args.keep, whole)
         units = units_of(whole, args.units, shared)
-    holders = masks.holders_per_unit(args.coverage, args.workers)  # also where it decides nothing
+    groups = args.machines if args.assign == "machine" else args.workers  # whose workers hold the same
+    holders = masks.holders_per_unit(args.coverage, groups)  # also where it decides nothing
+    more = {"capacity": args.capacity} if args.capacity else {}
 
     def draw_mask(mask_number):
         if args.mask == "none":
             return np.ones((args.workers, len(units)), dtype=bool)
-        return assign(units, args.workers, holders, args.seed, mask_number)
+        mask = assign(units, groups, holders, args.seed, mask_number, **more)
+        return mask.repeat(args.workers // groups, axis=0)
 
     args.steps = args.steps or 300
     if args.epochs:
@@ -202,9 +212,11 @@ def make_plan(args, saved, assign):
     return Plan(args, saved, data, data.fingerprint(), whole, shared, units, draw_mask, progress)
 
 
-def make_engine(plan, mask, mode, device, engine_class):
+def make_engine(plan, mask, mode, device, engine_class, machines=1):
     """The engine for a plan, with the values of its checkpoint, if there is one."""
     args = plan.args
+    weights = [rows * args.workers / sum(args.rows) for rows in args.rows]
+    layout = Layout(machines, timedelta(seconds=args.timeout), args.capacity)
 
     def build_units(units):
         model = build(plan.whole.config, units)
@@ -214,8 +226,8 @@ def make_engine(plan, mask, mode, device, engine_class):
         return model
 
     first, optimizer = partial(initial_value, seed=args.seed), partial(make_optimizer, args)
-    dtype = getattr(torch, args.dtype)
-    engine = engine_class(build_units, first, optimizer, plan.units, mask, mode, dtype, device)
+    more = mask, mode, getattr(torch, args.dtype), device, layout, weights
+    engine = engine_class(build_units, first, optimizer, plan.units, *more)
     if plan.saved:
         values = plan.saved.pop("model"), plan.saved.pop("optimizer")  # and let go of the file
         checkpoint.load_state(engine, *values)
@@ -237,34 +249,24 @@ def learning_rate(step, args):
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def load_batches(data, engine, args, step):
-    """{worker: (x, y)} for this process's workers: rows that depend on the step and the worker alone."""
-    rows, batches = args.batch_size // args.workers, {}
-    for worker in engine.workers:
-        which = slice(worker * rows, (worker + 1) * rows)
-        batches[worker] = data.batch(args.seed, step, args.batch_size, which, engine.device)
-    return batches
-
-
-def play(batches, args, step, worker, model):
-    """The backward passes of a worker in a step; batches: {worker: (x, y)}. Returns the mean loss."""
+def play(batches, args, step, worker, model, weight):
+    """A worker's backward passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight."""
     torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of --drop-path
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
-        loss = model(x, y)  # x: (rows, context) or (rows, 3, image, image)
+        loss = weight * model(x, y)  # x: (rows, context) or (rows, 3, image, image)
         (loss / args.micro_batches).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
 
 def update(engine, batches, args, step, lr, *numbers):
-    """One step on {worker: (x, y)}. Returns (norm of the gradient, mean loss, bytes that all have sent, and
-    each further number, summed over the processes)."""
-    loss_sum, sent_before = 0.0, engine.traffic.total()
+    """One step on {worker: (x, y)}. Returns (norm, mean loss, bytes sent by all, sums of numbers)."""
+    loss_sum, traffic_before = 0.0, engine.traffic.copy()
     for worker in engine.workers:
         with engine.turn(worker, args.micro_batches) as model:
-            loss_sum += play(batches, args, step, worker, model)
-    sent = engine.traffic.total() - sent_before
+            loss_sum += play(batches, args, step, worker, model, engine.weights[worker])
+    sent = sum(engine.traffic[kind] - traffic_before[kind] for kind in ("pull", "push"))
     norm, loss_sum, *sums = engine.step(lr, args.grad_clip, loss_sum, sent, *numbers)
     return norm, loss_sum / args.workers, *sums
 
@@ -349,22 +351,21 @@ def save(plan, engine, log):
         with whole_model(engine, plan.data, args.seed) as trained:
             buffers = {name: buffer.cpu() for name, buffer in trained.named_buffers()}
     shape = {field: value for field, value in asdict(config).items() if field not in OF_TRAINING}
-    content = {"progress": plan.progress, "fingerprint": plan.fingerprint}
-    content |= {"config": shape, "flags": vars(args)}
-    checkpoint.save(engine, content, buffers, Path(args.out), log)
+    known = {"progress": plan.progress, "fingerprint": plan.fingerprint, "config": shape, "flags": vars(args)}
+    checkpoint.save(engine, known, buffers, Path(args.out), log)
 
 
 def announce(plan, mask, device):
     """Print who holds what, what a step is, and where the run goes on."""
     args, (params, shared) = plan.args, plan.count_params(mask)
-    print(masks.describe(mask, plan.units, asked=1 if args.mask == "none" else args.coverage))
+    print(masks.describe(mask, plan.units, 1 if args.mask == "none" else args.coverage, args.machines))
     blocks = f", with blocks {', '.join(map(str, sorted(plan.shared_blocks)))}" if plan.shared_blocks else ""
     print(f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{blocks}")
     processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
     rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
     print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
     subnetwork = " and subnetwork" if args.mask == "forward" else ""
-    print(f"loss: the mean over the workers, each on its own rows of the batch{subnetwork};", end=" ")
+    print(f"loss: the mean over the workers, each on its own rows of the batch{subnetwork}; ", end="")
     print("val_loss: of the whole model", flush=True)
     if plan.saved:
         changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
@@ -378,11 +379,11 @@ def summarise(plan, engine, mask, phases, metrics):
     args, (params, shared) = plan.args, plan.count_params(mask)
     summary = {
         "config": vars(args), "model": asdict(plan.whole.config), "steps": args.steps, "params": params,
-        "workers": args.workers, "processes": engine.processes, "holders_per_unit": int(mask[:, 0].sum()),
-        "shared_params": shared, "coverage": float(mask[:, 0].mean()), "final_val_loss": metrics["val_loss"],
-        "final_val_accuracy": metrics["val_accuracy"], "spectral_gap": masks.spectral_gap(mask),
+        "workers": args.workers, "processes": engine.processes, "machines": args.machines,
+        "holders_per_unit": int(mask[:, 0].sum()), "coverage": float(mask[:, 0].mean()),
+        "spectral_gap": masks.spectral_gap(mask), "shared_params": shared,
         "skipped_steps": plan.progress["skipped"],
-    }  # fmt: skip
+    } | {f"final_{name}": value for name, value in metrics.items()}  # fmt: skip
     return summary | costs.summarise(args, plan.whole.config, engine, phases)
 
 
@@ -395,7 +396,8 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
     facts |= {"an --out": bool(args.out), "torch's version": torch.__version__}
     facts |= {"the data's checksum": plan.fingerprint, "the masks' checksum": zlib.crc32(mask.tobytes())}
     launch.check_same_everywhere(facts | {"the checkpoint's checksum": saved and saved["checksum"]})
-    engine = make_engine(plan, mask, mode, device, engine_class)
+    machines = launch.machines_alike(needed=args.assign == "machine")
+    engine = make_engine(plan, mask, mode, device, engine_class, machines)
     if rank_0:
         announce(plan, mask, device)
     plan.data = plan.data.to(device)

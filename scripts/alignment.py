@@ -29,10 +29,10 @@ def compare(engine, batches, args, step):
         whole.requires_grad_(True).train()
         for number, worker in engine.workers.items():
             whole.zero_grad()
-            train.play(batches, args, step, number, whole)
+            train.play(batches, args, step, number, whole, engine.weights[number])
             grad_bytes = worker.grad_bytes
             with engine.turn(number, args.micro_batches + 1) as model:  # sends nothing before the end
-                train.play(batches, args, step, number, model)
+                train.play(batches, args, step, number, model, engine.weights[number])
                 for layer, (bucket, part) in enumerate(zip(buckets, worker.parts)):
                     gradient = flatten(map(whole.get_parameter, bucket.shapes), bucket)
                     sums[layer] += gradient
@@ -43,7 +43,7 @@ def compare(engine, batches, args, step):
     engine.average()
     for layer, bucket in enumerate(buckets):
         dist.all_reduce(sums[layer])
-        start, stop = bucket.slice_edges[engine.rank : engine.rank + 2]
+        start, stop = bucket.slice_edges[engine.layout.my_slice :][:2]
         a, b = bucket.mean, sums[layer][start:stop]
         dots[-1, layer] = torch.stack([a @ a, b @ b, a @ b]).cpu()
     engine.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
@@ -58,7 +58,7 @@ def compare(engine, batches, args, step):
 
 def main(argv=None):
     flags = [("--every", at_least(1), 100, "steps between two comparisons")]
-    flags += [("--assign", ("random", "cyclic"), "random", "of units")]
+    flags += [("--cyclic", bool, False, "assign units in a circle")]
     own, rest = make_parser("Takes the flags of train.py, and", flags).parse_known_args(argv)
     args, found = train.make_parser().parse_args(rest), []
 
@@ -68,7 +68,7 @@ def main(argv=None):
         found.append(compare(engine, batches, args, step))
         return {"alignment": found[-1]}
 
-    train.main(rest, assign=cyclic if own.assign == "cyclic" else assign, before_step=before_step)
+    train.main(rest, assign=cyclic if own.cyclic else assign, before_step=before_step)
     if found and os.environ.get("RANK", "0") == "0":
         means = {}  # over the steps and the workers; None becomes NaN
         for of, by_layer in found[0].items():

@@ -8,6 +8,7 @@ from statistics import median, quantiles
 import torch
 
 import train
+from data import load_batches
 from masks import UserError, assign
 from scripts.dense import Dense
 from sdp import SDP
@@ -25,7 +26,7 @@ def bench(plan, device):
         engine = engines[name] = train.make_engine(plan, plan.draw_mask(0), mode, device, kind)
         of_workers = costs.dry_run(args, plan.whole.config, engine)
         for step in (1, 2, 3):  # to warm up
-            train.update(engine, train.load_batches(plan.data, engine, args, step), args, step, args.lr)
+            train.update(engine, load_batches(plan.data, engine, args, step), args, step, args.lr)
         rows = costs.gather_costs(engine, of_workers, steps=3)
         most = {key: max(row[key] or 0 for row in rows) for key in rows[0]}
         found[name] = {key: most[key] for key in ("activation_bytes", "flops")}
@@ -35,7 +36,7 @@ def bench(plan, device):
     seconds = {name: [] for name in engines}  # of each step
     for step in range(1, args.steps + 1):
         for name, engine in engines.items():  # they take turns, so that drift hits all alike
-            batches = train.load_batches(plan.data, engine, args, step)
+            batches = load_batches(plan.data, engine, args, step)
             torch.distributed.barrier()  # over NCCL it waits for the GPU, too
             began = time.perf_counter()
             train.update(engine, batches, args, step, args.lr)

@@ -19,12 +19,12 @@ def local_shard(tensor):
 class Dense:
     """The whole model on every process by DDP, or in shards by FSDP. Each process is one worker."""
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype, device="cpu"):
-        """As of sdp.SDP, but mode: ddp or fsdp. units and mask are not used."""
+    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype, device, layout, weights):
+        """As of sdp.SDP, but mode: ddp or fsdp. units, mask and layout are not used."""
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.dtype, self.device, self.sharded = dtype, torch.device(device), mode == "fsdp"
         self.workers, self.traffic = {self.rank: self}, Counter()
-        self.passes = self.passes_left = 1
+        self.weights, self.passes, self.passes_left = weights, 1, 1
         with torch.device("meta"):
             self.model = build({})
         self.params = sum(p.numel() for p in self.model.parameters())
@@ -53,13 +53,13 @@ class Dense:
             self.wrapped.require_backward_grad_sync = self.passes_left <= 0
 
     @contextmanager
-    def dry_run(self):
-        yield self.model  # FSDP communicates in it
-        self.model.zero_grad()
-
-    @contextmanager
-    def turn(self, worker, passes=1):
-        """Traffic is computed, for a ring. FSDP gathers blocks twice in each pass, and the rest once."""
+    def turn(self, worker, passes=1, dry=False):
+        """Traffic is computed, for a ring. FSDP gathers blocks twice in each pass, and the rest once. It does
+        so in a dry turn, too, which is not counted."""
+        if dry:
+            yield self.model
+            self.model.zero_grad()
+            return
         self.passes = self.passes_left = passes
         yield self.wrapped
         gathered = passes * (self.params + sum(self.blocks)) if self.sharded else self.params

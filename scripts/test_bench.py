@@ -20,7 +20,7 @@ from model import GPTConfig, build, initial_value, units_of
 from scripts import alignment, bench
 from scripts.dense import Dense
 from scripts.sweep import cyclic
-from sdp import SDP, bucket_of
+from sdp import SDP, Layout, bucket_of
 from support import launch
 from support.processes import TINY, assert_same_checkpoint, read_log, read_summary
 
@@ -48,7 +48,8 @@ def units_and_mask(kind, workers, config):
 def make_engine(mode, kind="block", workers=2, config=SMALL, dtype=torch.float64):
     engine, first = Dense if mode in ("ddp", "fsdp") else SDP, partial(initial_value, seed=0)
     units, mask = units_and_mask(kind, workers, config)
-    return engine(partial(build, config), first, adamw, units, mask, mode, dtype)
+    more = dtype, "cpu", Layout(), [1.0] * workers
+    return engine(partial(build, config), first, adamw, units, mask, mode, *more)
 
 
 def dense_model(dtype=torch.float64):
@@ -65,8 +66,8 @@ def batch(step, worker=None, rows=2):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def flags(micro_batches=1):
-    return Namespace(micro_batches=micro_batches, grad_clip=0.5, workers=2, seed=0)
+def flags(micro_batches=1, workers=2):
+    return Namespace(micro_batches=micro_batches, grad_clip=0.5, workers=workers, seed=0)
 
 
 # ---- DDP and FSDP
@@ -212,7 +213,7 @@ def check_alignment(mode, kind, drop_path):
     config, own, whole, has = replace(SMALL, drop_path=drop_path), [], [], []
     engine = make_engine(mode, kind, workers=4, config=config)
     batches = {worker: batch(0, worker) for worker in engine.workers}
-    found = alignment.compare(engine, batches, flags(1 if drop_path else 2), 1)
+    found = alignment.compare(engine, batches, flags(1 if drop_path else 2, workers=4), 1)
     assert list(found["workers"]) == list(found["owners"]) == [*engine.buckets, "all"]
     if engine.rank > 0:
         return None  # all have found the same
@@ -259,6 +260,6 @@ def test_train_is_not_changed_by_looking_on(ranks, tmp_path):
 
 
 def test_alignment_of_cyclic_masks(alone, tmp_path):
-    alignment.main([*TINY, *f"--units neuron --steps 1 --assign cyclic --out {tmp_path}".split()])
+    alignment.main([*TINY, *f"--units neuron --steps 1 --cyclic --out {tmp_path}".split()])
     units = units_of(build(GPTConfig(layers=2, width=32, hidden=32, context=32)), "neuron")
     assert read_summary(tmp_path)["spectral_gap"] == spectral_gap(cyclic(units, 4, 2))

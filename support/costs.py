@@ -47,10 +47,11 @@ def measured(passes=1):
 def dry_run(args, config, engine):
     """{worker: what `measured` finds in a step} for this process's workers, on zeros: in the step itself it
     would change the rounding. Blocks are compiled here, since later others would wait. Raises UserError."""
-    found, rows = {}, args.batch_size // args.workers // args.micro_batches
+    found, share = {}, args.batch_size // sum(args.rows) // args.micro_batches
     for number, worker in engine.workers.items():
+        rows = share * args.rows[number]
         batch = [tensor.to(engine.device) for tensor in example(config, rows)]
-        with worker.dry_run() as model:
+        with engine.turn(number, dry=True) as model:
             try:
                 if args.compile:
                     model(*batch).backward()
@@ -106,6 +107,9 @@ def dense_worker(args, config, engine):
     row["weight_bytes"] = row["grad_bytes"] = params * width
     row["optimizer_bytes"] = params * (master + moments)
     row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
+    machines = engine.layout.machines  # each has one process that sends to the next machine of the ring
+    crossing = 2 * row["push_bytes"] * machines / engine.processes if machines > 1 else 0
+    row["between_machines_bytes"] = round(crossing)
     return row
 
 
@@ -115,7 +119,7 @@ def gather_costs(engine, costs, steps):
     own, of_all = [], [None] * engine.processes
     for worker in engine.workers:
         row = {"worker": worker} | engine.memory(worker) | costs[worker]
-        for kind in ("push", "pull"):
+        for kind in ("push", "pull", "between_machines"):
             row[f"{kind}_bytes"] = round(engine.traffic[kind] / steps / len(engine.workers))
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
         own.append(row)
@@ -131,7 +135,7 @@ def over_phases(phases):
         row = dict(of_worker[0])
         for key in row:
             values = [of_phase[key] for of_phase in of_worker]
-            if key in ("flops", "push_bytes", "pull_bytes"):
+            if key in ("flops", "push_bytes", "pull_bytes", "between_machines_bytes"):
                 row[key] = round(np.average(values, weights=steps))
             elif row[key] is not None:
                 row[key] = max(values)
@@ -143,6 +147,10 @@ def summarise(args, config, engine, phases):
     """Print the table of what was measured. Returns it for summary.json."""
     per_worker, dense = over_phases(phases), dense_worker(args, config, engine)
     print(table(per_worker, dense))
+    if args.capacity:
+        held = ("weight_bytes", "grad_bytes", "optimizer_bytes")
+        memory = ", ".join(f"{sum(row[key] for key in held) / 1e6:.3f}" for row in per_worker)
+        print(f"weights, gradients, master + optimizer of each worker, MB: {memory}")
     if len(phases) > 1:
         print("memory: where it is higher, before --finish or in it; the rest: the mean over the steps")
     turns = args.workers // engine.processes
@@ -162,8 +170,11 @@ def table(per_worker, dense):
         ("activation_bytes", "activations saved, MB", 1e6),
         ("push_bytes", "pushed per step, MB", 1e6),
         ("pull_bytes", "pulled per step, MB", 1e6),
+        ("between_machines_bytes", "to other machines, MB", 1e6),
         ("flops", "GFLOP per step", 1e9),
     ):
+        if key == "between_machines_bytes" and not dense[key]:  # there is one machine
+            continue
         values = [row[key] / unit for row in per_worker]
         middle, largest, of_dense = np.mean(values), max(values), dense[key] / unit
         ratio = f"{middle / of_dense:.3f}" if of_dense else "-"

@@ -41,6 +41,11 @@ def at_least(least, kind=int):
     return parse
 
 
+def whole_numbers(text):
+    """An argparse type: whole numbers above 0, such as 3,1,1,1."""
+    return [at_least(1)(number) for number in text.split(",")]
+
+
 def make_parser(description, flags):
     """A Parser for a table of flags: (name, type or choices, default, meaning)."""
     parser = Parser(description=description, allow_abbrev=False)
@@ -55,6 +60,28 @@ def make_parser(description, flags):
 def world_size():
     """The number of processes that torchrun has started, on all machines; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def count_machines():
+    """The number of machines on which torchrun has started processes; 1 without torchrun."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def machines_alike(needed):
+    """The number of machines, where all have equally many processes, in the order of the ranks; else 1, and
+    a line that says so, or a UserError where it is `needed`. All processes take part."""
+    processes, machines = dist.get_world_size(), count_machines()
+    of_all = [None] * processes
+    with peers():
+        dist.all_gather_object(of_all, int(os.environ.get("GROUP_RANK", "0")))
+    if of_all == [rank // (processes // machines) for rank in range(processes)]:
+        return machines
+    line = "machines have unequal numbers of processes, which exchange as if there were one machine"
+    if needed:
+        raise UserError(f"--assign machine: {line}; start equally many on each")
+    if dist.get_rank() == 0:
+        print(line)
+    return 1
 
 
 def start(device_name, timeout):

@@ -229,7 +229,7 @@ def three_steps(folder, bad):
     engine = train.make_engine(plan, plan.draw_mask(0), "backward", torch.device("cpu"), SDP)
     states, finite = [], []
     for step in (1, 2, 3):
-        batches = train.load_batches(plan.data, engine, args, step)
+        batches = data.load_batches(plan.data, engine, args, step)
         if step == 2 and dist.get_rank() == 1:
             batches[1][0][0, 0, 0, 0] = bad
         norm, loss, _ = train.update(engine, batches, args, step, 1e-2)

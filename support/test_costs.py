@@ -50,6 +50,7 @@ def test_measured_counts_by_hand():
 def test_the_dense_column(dtype, optimizer, weight, state):
     """Bytes and FLOPs of torch's DDP on four processes, for two layers of the default model."""
     engine = Namespace(dtype=getattr(torch, dtype), device=torch.device("cpu"), processes=4)
+    engine.layout = Namespace(machines=2)
     args = Namespace(batch_size=32, workers=4, micro_batches=2, optimizer=optimizer)
     config = GPTConfig(layers=2)
     params = sum(parameter.numel() for parameter in build(config).parameters())
@@ -58,6 +59,7 @@ def test_the_dense_column(dtype, optimizer, weight, state):
     assert dense["weight_bytes"] == dense["grad_bytes"] == weight * params
     assert dense["optimizer_bytes"] == state * params
     assert dense["push_bytes"] == dense["pull_bytes"] == weight * params * 3 / 4  # half a ring all-reduce
+    assert dense["between_machines_bytes"] == 2 * weight * params * 3 / 4 / 2  # one of two processes sends on
     tokens, matrices = 8 * 128, params - 5 * 128 - 256 * 128  # without norms and the embedding, a look-up
     attention = 4 * 8 * 128 * 128 * 128 * 2  # two products of T x T x width, for 8 sequences in 2 layers
     assert dense["flops"] == 6 * tokens * matrices + 3.5 * attention  # backward: twice, and 2.5 times
@@ -169,14 +171,14 @@ FOLDERS = ("support", "scripts", "course")
 CAPS = {
     "masks.py": 260,
     "model.py": 480,
-    "sdp.py": 400,
+    "sdp.py": 429,
     "data.py": 280,
     "train.py": 450,
     "test_sdp.py": 900,
     "README.md": 220,
-    "support": 600,  # of folders what is no test
+    "support": 640,  # of folders what is no test
     "scripts": 1000,
-    "all that is no test": 3100,
+    "all that is no test": 3500,
 }
 LONGEST_FUNCTION = 60
 
