@@ -160,7 +160,7 @@ def subnetwork_gradients(model, x, y, units, row, kind):
             columns = columns_of(name, units)
             rescaled = kind == "neuron" and name.endswith((".o", ".down"))
             scale = len(columns) / row[columns].sum() if rescaled else 1.0
-            present = rows_of(name, parameter, units, row) * scale
+            present = rows_of(name, parameter, units, row).to(parameter.dtype) * scale
             changed[name] = parameter * present.view(-1, *[1] * (parameter.dim() - 1))
     loss = functional_call(model, parameters | changed, (x, y))
     gradients = torch.autograd.grad(loss, list(parameters.values()))

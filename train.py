@@ -120,11 +120,11 @@ def check_flags(args, saved):
             raise UserError(f"--{flag} {value}: {before}; leave it out")
     processes = launch.world_size()
     args.workers = args.workers or (4 if processes == 1 and args.mask != "none" else processes)
-    args.machines = args.machines or launch.count_machines()
     args.rows = args.rows or [1] * args.workers
     parts = sum(args.rows) * args.micro_batches
     possible = (args.batch_size // parts + 1) * parts
     by_machine, each = args.assign == "machine", f"needs {args.workers} numbers, one for each worker"
+    args.machines = args.machines or (launch.count_machines() if by_machine else None)
     for wrong, flag, remedy in (
         (by_machine and args.machines == 1, "assign", "needs several machines; --machines 2 plays two"),
         (by_machine and args.capacity, "capacity", "is not for --assign machine"),
@@ -137,7 +137,7 @@ def check_flags(args, saved):
         (args.drop_path >= 1, "drop_path", "must be below 1, such as 0.1"),
         (args.steps and args.epochs, "epochs", "not together with --steps; choose one"),
         (args.workers % processes, "workers", f"must be a multiple of the {processes} processes"),
-        (args.workers % args.machines, "machines", f"must divide the {args.workers} workers"),
+        (by_machine and args.workers % args.machines, "machines", f"must divide the {args.workers} workers"),
         (args.batch_size % parts, "batch_size", f"must be a multiple of {parts}, the {args.workers} workers"
          f" (or the sum of --rows) times {args.micro_batches} --micro-batches, such as {possible}"),
     ):  # fmt: skip
@@ -364,9 +364,8 @@ def announce(plan, mask, device):
     processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
     rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
     print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
-    subnetwork = " and subnetwork" if args.mask == "forward" else ""
-    print(f"loss: the mean over the workers, each on its own rows of the batch{subnetwork}; ", end="")
-    print("val_loss: of the whole model", flush=True)
+    own = "rows of the batch and subnetwork" if args.mask == "forward" else "rows of the batch"
+    print(f"loss: the mean over the workers, each on its own {own}; val_loss: of the whole model", flush=True)
     if plan.saved:
         changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
         print(f"after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
@@ -397,6 +396,7 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
     facts |= {"the data's checksum": plan.fingerprint, "the masks' checksum": zlib.crc32(mask.tobytes())}
     launch.check_same_everywhere(facts | {"the checkpoint's checksum": saved and saved["checksum"]})
     machines = launch.machines_alike(needed=args.assign == "machine")
+    args.machines = args.machines or machines
     engine = make_engine(plan, mask, mode, device, engine_class, machines)
     if rank_0:
         announce(plan, mask, device)

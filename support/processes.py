@@ -28,6 +28,7 @@ HERE = Path(__file__).parents[1]
 
 TINY = "--layers 2 --width 32 --hidden 32 --context 32 --batch-size 8 --eval-batches 2".split()
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER += ("GROUP_RANK", "GROUP_WORLD_SIZE")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 HANGS = 300  # seconds after which a test counts as hanging; nothing else is decided by time
 
@@ -111,18 +112,21 @@ def member(rank, n, meeting, pipe):
 
 class Ranks:
     """A program of this project as torchrun would start it on so many processes, but from the warm server.
-    `said` is the path of what they print; own: a list of arguments for each rank alone, or None. It is used
-    by `with`, which leaves no process behind."""
+    `said` is the path of what they print; own: a list of arguments for each rank alone, or None; machine_of:
+    the machine of each rank, as torchrun says it. It is used by `with`, which leaves no process behind."""
 
-    def __init__(self, said, n, program, *arguments, own=None):
+    def __init__(self, said, n, program, *arguments, own=None, machine_of=None):
         self.said = said
         self.store = dist.TCPStore("127.0.0.1", 0, n + 1, is_master=True, wait_for_workers=False)
-        environment = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+        machine_of = machine_of or [0] * n
+        environment = {"WORLD_SIZE": n, "GROUP_WORLD_SIZE": len(set(machine_of))}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         self.processes = []
         for rank in range(n):
-            of_rank = environment | {"RANK": rank, "LOCAL_RANK": rank}
+            of_rank = environment | {"RANK": rank, "GROUP_RANK": machine_of[rank]}
+            of_rank["LOCAL_RANK"] = machine_of[:rank].count(machine_of[rank])
+            of_rank["LOCAL_WORLD_SIZE"] = machine_of.count(machine_of[rank])
             of_rank = {key: str(value) for key, value in of_rank.items()}
             flags = [str(flag) for flag in (*arguments, *(own[rank] if own else ()))]
             process = warm.Process(target=run_program, args=(program, flags, of_rank, str(said)))
