@@ -22,7 +22,7 @@ from scripts.dense import Dense
 from scripts.sweep import cyclic
 from sdp import SDP, Layout, bucket_of
 from support import launch
-from support.processes import TINY, assert_same_checkpoint, read_log, read_summary
+from support.processes import TINY, assert_same_checkpoint, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]
 
@@ -102,7 +102,7 @@ def five_steps(mode, passes):
     return seen.gathered, seen.reductions, sent, engine.memory(rank)
 
 
-@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("passes", [pytest.param(1, marks=slow), 4])
 @each_engine
 def test_engines_and_micro_batches_equal_the_dense_model(in_processes, mode, passes):
     (gathered, reductions, sent, memory), _ = in_processes(2, five_steps, mode, passes)

@@ -15,7 +15,7 @@ from masks import Unit, UserError, assign, spectral_gap
 from model import CONFIGS, build
 from scripts import sample, sweep
 from scripts.export import load_model
-from support.processes import TINY, read_log, read_summary
+from support.processes import TINY, read_log, read_summary, slow
 from support.testing import write_images
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -147,7 +147,7 @@ def test_samples_of_gpt2s_tokens(monkeypatch):
 # ---- before training
 
 
-@pytest.mark.parametrize("finish", ["0", "0.3"])
+@pytest.mark.parametrize("finish", [pytest.param("0", marks=slow), "0.3"])
 def test_steps_for_the_flops_of_dense_training(said, tmp_path, finish):
     """With these --steps a run computes as much as a dense one, also where it is resumed."""
     flags = [*TINY, "--workers", "2", "--mask", "forward", "--finish", finish, "--save-every", "5"]

@@ -29,6 +29,7 @@ HERE = Path(__file__).parents[1]
 TINY = "--layers 2 --width 32 --hidden 32 --context 32 --batch-size 8 --eval-batches 2".split()
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER += ("GROUP_RANK", "GROUP_WORLD_SIZE")
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="another case of the same; runs with SLOW=1")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 HANGS = 300  # seconds after which a test counts as hanging; nothing else is decided by time
 

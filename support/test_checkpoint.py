@@ -27,7 +27,7 @@ from scripts.export import load_model
 from sdp import SDP
 from support import checkpoint, evaluation
 from support.checkpoint import LATEST, PREVIOUS, read_checkpoint
-from support.processes import HANGS, TINY, assert_same_checkpoint, read_log, read_summary, warm
+from support.processes import HANGS, TINY, assert_same_checkpoint, read_log, read_summary, slow, warm
 from support.testing import mutations, write_images
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -65,7 +65,11 @@ CHANGING = "--mask forward --resample 2 --finish 0.34 --drop-path 0.2".split()
 
 @pytest.mark.parametrize(
     "model, dtype, more",
-    [("gpt", "float32", []), ("gpt", "bfloat16", CHANGING), ("resnet18", "float32", CHANGING)],
+    [
+        pytest.param("gpt", "float32", [], marks=slow),
+        ("gpt", "bfloat16", CHANGING),
+        ("resnet18", "float32", CHANGING),
+    ],
     ids=["gpt", "gpt-bfloat16-changing", "resnet18-changing"],
 )
 def test_resume_is_bit_for_bit(alone, tmp_path, few_images, model, dtype, more):

@@ -1,0 +1,111 @@
+"""Print what machines send to each other in a step, and for how long, by formulas: python -m scripts.links"""
+
+from math import comb
+
+import torch
+
+from masks import UserError, holders_per_unit
+from model import SIZES, GPTConfig, build, units_of
+from support.launch import at_least, make_parser, whole_numbers
+
+SCHEMES = ["DDP", "FSDP2", "HSDP", "none flat", "none two levels"]
+SCHEMES += [f"{m} {e}" for m in ("backward", "forward") for e in ("flat", "two levels", "by machine")]
+NOTES = """This is arithmetic, not a measurement. Overlap is not assumed.
+ratio: seconds of communication / seconds of computing. Above 1 the network decides.
+Computing: 6 P FLOPs for each of a GPU's {tokens:,} tokens, at {tflops:g} TFLOP/s; in forward masking times
+H, in backward masking times (2 + H) / 3. Values travel in bfloat16. Inside a machine that takes no time.
+A link is a GPU's own network card: it has 1/G of the machine's rate and bytes, in DDP and FSDP2 by G rings.
+none, backward, forward: SDP with that --mask. flat: one all_to_all. two levels: a hop across, one inside.
+by machine: two levels, and all workers of a machine hold the same blocks."""
+FLAGS = (
+    ("--machines", at_least(2), 64, "M"),
+    ("--gpus", at_least(1), 8, "G of each machine, with a worker each: N = M G"),
+    ("--size", tuple(SIZES["gpt"]), "1b", "preset of the GPT's shape, see SIZES in model.py"),
+    ("--vocabulary", at_least(1), 50304, "tokens: 50304 of FineWeb, 256 of bytes"),
+    ("--coverage", float, 0.5, "share C of the workers, or of the machines, that hold a block"),
+    ("--gbit", whole_numbers, "25,100,400", "Gbit/s that a machine sends, and receives at once"),
+    ("--tflops", at_least(0.001, float), 400.0, "10^12 FLOPs that a GPU achieves in a second"),
+    ("--tokens", at_least(1), 16384, "of each GPU in a step"),
+    ("--plot", str, None, "draw the ratios into this .svg file (needs matplotlib)"),
+)
+
+
+def held_share(shared, coverage, workers, together=1):
+    """S + (1 - S) u, the share of P that one of N workers holds, H, or any of G `together`, U; shared: S. A
+    unit's p holders, drawn by chance, miss all G with probability 1 - u = binom(N - G, p) / binom(N, p)."""
+    holders = holders_per_unit(coverage, workers)
+    return shared + (1 - shared) * (1 - comb(workers - together, holders) / comb(workers, holders))
+
+
+def sent_by_machine(scheme, params_bytes, shared, coverage, machines, gpus):
+    """Bytes that each of 2 or more machines sends to others in a step, the mean over them and over masks.
+    scheme: of SCHEMES; params_bytes: P, as sent; shared: S. DDP and FSDP2 go 2 and 3 times round a ring of N,
+    which leaves a machine once. HSDP: each GPU all-reduces P / G in a ring of M. SDP: an owner sends a value
+    to readers on other machines, N - G of N, in two levels to machines, M - 1 of M; gradients come back."""
+    ring, across = (params_bytes * (members - 1) / members for members in (machines * gpus, machines))
+    if scheme in ("DDP", "FSDP2", "HSDP"):
+        return {"DDP": 2 * ring, "FSDP2": 3 * ring, "HSDP": 2 * across}[scheme]
+    mode, exchange = scheme.split(" ", 1)
+    copies = {"flat": gpus, "two levels": 1, "by machine": 1}[exchange]
+    groups = machines if exchange == "by machine" else machines * gpus
+    share = held_share(shared, coverage, groups, gpus if exchange == "two levels" else 1)
+    return copies * {"none": 2, "backward": 1 + share, "forward": 2 * share}[mode] * across
+
+
+def computing_seconds(scheme, params, held, tokens, tflops):
+    """Of a GPU's step, at 6 FLOPs a parameter and token: a third each for the forward pass, input gradients
+    and weight gradients. held: H, which shrinks the last in backward masking, and all in forward masking."""
+    share = {"forward": held, "backward": (2 + held) / 3}.get(scheme.split()[0], 1)
+    return 6 * params * tokens * share / (tflops * 1e12)
+
+
+def table(args):
+    """(lines to print, {scheme: its ratio at each rate}). Raises UserError."""
+    with torch.device("meta"):
+        whole = build(GPTConfig(**SIZES["gpt"][args.size], vocabulary=args.vocabulary))
+    params, workers = sum(parameter.numel() for parameter in whole.parameters()), args.machines * args.gpus
+    shared = 1 - sum(unit.cost for unit in units_of(whole, "block")) / params
+    held, by_machine = (held_share(shared, args.coverage, groups) for groups in (workers, args.machines))
+    union = held_share(shared, args.coverage, workers, args.gpus)
+    first = f"P = {params:,}, S = {shared:.3f}, H = {held:.3f} (by machine {by_machine:.3f}), U = {union:.3f}"
+    titles = f"{'scheme':<20}{'MB a machine':>13}{'MB a link':>11}{'computing, s':>14}"
+    lines, ratios = [first, titles + "".join(f"{rate:>5} Gbit/s, s  ratio" for rate in args.gbit)], {}
+    for scheme in SCHEMES:
+        sent = sent_by_machine(scheme, 2 * params, shared, args.coverage, args.machines, args.gpus)
+        own = by_machine if scheme.endswith("by machine") else held
+        computing = computing_seconds(scheme, params, own, args.tokens, args.tflops)
+        seconds = [sent * 8 / (rate * 1e9) for rate in args.gbit]
+        ratios[scheme] = [each / computing for each in seconds]
+        line = f"{scheme:<20}{sent / 1e6:>13,.3f}{sent / args.gpus / 1e6:>11,.3f}{computing:>14.3g}"
+        lines.append(line + "".join(f"{s:>15.3g}{r:>7.2f}" for s, r in zip(seconds, ratios[scheme])))
+    return lines, ratios
+
+
+def plot(path, ratios, rates):
+    """Draw the ratios, {scheme: [one a rate]}, on a logarithmic scale. Raises UserError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot: needs matplotlib: pip install matplotlib") from None
+    figure = Figure((8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx([ratios[s] for s in SCHEMES], SCHEMES, "o", label=[f"{rate} Gbit/s" for rate in rates])
+    axes.set_xlabel("seconds of communication / seconds of computing, by arithmetic")
+    axes.legend()
+    figure.savefig(path, format="svg")
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, FLAGS)
+    args = parser.parse_args(argv)
+    try:
+        lines, ratios = table(args)
+        if args.plot:
+            plot(args.plot, ratios, args.gbit)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    print(*lines, NOTES.format(**vars(args)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
