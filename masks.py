@@ -18,7 +18,6 @@ import numpy as np
 
 MODES = ("none", "backward", "forward")  # what --mask can be
 EVEN_ENOUGH = 1.1  # the fullest worker may hold this many times the mean
-MANY = 100_000  # exchanges, after which workers count as impossible to connect
 
 
 class UserError(Exception):
@@ -60,16 +59,14 @@ def schedule(step, mode, steps, resample=0, finish=0.0):
 
 def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
     """Deal the units out: a mask, bool [workers, units], the same on every machine for the same arguments.
-    Every column sums to `holders`. Rows follow the workers' capacity, whole numbers (default: all equal),
-    within one unit of each kind of equal costs. The graph of the workers that share a unit is connected where
-    that is possible: with holders >= 2 and len(units) * (holders - 1) >= workers - 1. Only mask 0 is searched
-    for a wide spectral gap: where masks keep changing, workers mix anyway. Raises UserError where a worker
-    would hold no unit of some kind, or more than all."""
+    Every column sums to `holders`. Rows follow the capacity, whole numbers (default: all equal), within one
+    unit of each kind of equal costs. The graph of the workers that share a unit is connected where it can be:
+    with holders >= 2 and len(units) * (holders - 1) >= workers - 1. Only mask 0 is searched for a wide gap:
+    where masks change, workers mix anyway. Raises UserError where a worker would hold none of a kind."""
     capacity = np.array(capacity or [1] * workers)
     kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
     if holders * capacity.max() > capacity.sum():
-        most = f"for {holders} holders of each unit one number is above 1/{holders} of the sum"
-        raise UserError(f"--capacity: {most}; make it smaller, or --coverage")
+        raise UserError(f"--capacity: no number may exceed 1/{holders} of the sum; or lower --coverage")
     if fewest * holders * capacity.min() < capacity.sum() and capacity.min() < capacity.max():
         raise UserError(f"--capacity: the smallest worker would have no unit ({kind}); make it larger")
     if fewest * holders < workers:
@@ -90,8 +87,7 @@ def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
 
 def deal(units, capacity, holders, rng):
     """One random deal, bool [workers, units]. Units come in random order, the costly ones first. Each goes
-    to the `holders` workers that are furthest below their share of its kind, or else of all; else by
-    chance."""
+    to the `holders` workers furthest below their share of its kind, or of all; ties go by chance."""
     mask = np.zeros((len(capacity), len(units)), dtype=bool)
     loads = {unit.kind: np.zeros(len(capacity)) for unit in units}
     shares = {unit.kind: np.zeros(len(capacity)) for unit in units}  # of what has been dealt
@@ -117,10 +113,8 @@ def mix(mask, units, capacity, rng, tries):
         return -groups, (spectral_gap(mask) - 4 * excess if groups == 1 else 0)
 
     best = quality()
-    for attempt in range(MANY):
-        groups = -best[0]
-        if attempt >= tries and (groups == 1 or not connectable):
-            break
+    while tries > 0 or (connectable and best[0] < -1):
+        tries -= 1
         i, j = rng.choice(workers, 2, replace=False)
         flipped = exchange(mask, units, i, j, rng)
         if flipped is not None:
@@ -128,6 +122,14 @@ def mix(mask, units, capacity, rng, tries):
             if new < best:
                 mask[flipped] ^= True  # undo it
             best = max(best, new)
+
+
+def spread(mask, units):
+    """The mask with equal columns far apart, if all are alike: layers in a row use a link both ways."""
+    if len({(unit.kind, unit.cost) for unit in units}) > 1:
+        return mask
+    repeats = [(mask[:, :u] == mask[:, [u]]).all(axis=0).sum() for u in range(len(units))]
+    return mask[:, np.argsort(repeats, kind="stable")]
 
 
 def exchange(mask, units, i, j, rng):
@@ -139,8 +141,7 @@ def exchange(mask, units, i, j, rng):
     offers = np.flatnonzero(mask[j] & ~mask[i] & of_kind)
     if mask[j, given] or not len(offers):
         return None
-    moved = [given, rng.choice(offers)]
-    costs_differ = len(np.unique(costs(units)[of_kind])) > 1
+    moved, costs_differ = [given, rng.choice(offers)], len(np.unique(costs(units)[of_kind])) > 1
     if costs_differ and rng.random() < 0.3 and mask[i, of_kind].sum() > 1:
         moved = [given]
     flipped = np.ix_([i, j], moved)
@@ -231,10 +232,9 @@ def describe(mask, units, asked, machines=1):
     if flops.any():
         load += f", {imbalance(flops):.3f} times in FLOPs"
     groups = number_of_groups(mask)
-    together = "all workers are connected" if groups == 1 else f"{groups} groups of workers share no unit"
+    apart = f"{groups} groups of workers share no unit: --resample, --keep or a larger --coverage helps"
+    together = "all workers are connected" if groups == 1 else apart
     gap = f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
-    if groups > 1:
-        gap += "\n--resample, --keep or a larger --coverage brings the groups together"
     return "\n".join([picture(mask, units, machines), coverage, load, gap])
 
 

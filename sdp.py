@@ -163,6 +163,7 @@ class Hop:
         """me: this process's number in the group; crosses: are the others on other machines? edges: of the
         chunks; source_edges: of the chunks in what this member has; wants: bool [members, chunks]."""
         self.group, self.me, self.crosses = group, me, crosses
+        self.layers = 2 if crosses and group else 1  # of computing, while it is under way
         # how many elements this member gets from each other one, and each other one from it
         self.received = [int(wants[me] @ np.diff(edges.clip(a, b))) for a, b in pairwise(cuts.tolist())]
         self.sent = (wants @ np.diff(source_edges)).tolist()
@@ -252,7 +253,8 @@ class Part:
         to = torch.empty_like(received, device="cpu") if through_cpu else received
         send = send.cpu() if through_cpu else send
         work = dist.all_to_all_single(to, send, received_splits, send_splits, group=hop.group, async_op=True)
-        yield received.nbytes
+        for _ in range(hop.layers):
+            yield received.nbytes
         with peers():
             work.wait()
         if through_cpu:
@@ -260,9 +262,8 @@ class Part:
 
 
 def advance(under_way, *more):
-    """Wait for pulls or pushes that are under way and start their next hops, oldest first; then start `more`.
-    So each hop has the time of a layer, and all processes start all hops in the same order. Returns those
-    that have not ended, as [(exchange, bytes of its buffer)]; under_way is such a list."""
+    """Let what is under way go on, oldest first, and start `more`. As it is called once a layer, a hop across
+    has the time of two. Returns what has not ended, as [(exchange, bytes of its buffer)]; so is under_way."""
     exchanges = [exchange for exchange, _ in under_way] + list(more)
     buffers = [(exchange, next(exchange, None)) for exchange in exchanges]
     return [(exchange, nbytes) for exchange, nbytes in buffers if nbytes is not None]
@@ -276,10 +277,9 @@ class Worker:
     def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.parts, self.dry = model, [], False
-        self.hops = 2 if layout.two_levels else 1
+        self.ahead = 3 if layout.two_levels else 1  # layers from the start of a pull to its end
         self.fetched, self.unsent = 0, []  # how many parts are there, and those that wait for gradients
-        self.pulling, self.pushing = [], []  # what is under way, see `advance`
-        self.grad_bytes = 0  # of all gradients, at their most
+        self.pulling, self.pushing, self.grad_bytes = [], [], 0  # see `advance`; of gradients at their most
         modules, parameters = dict(model.named_modules()), by_bucket(model)
         for number, (name, bucket) in enumerate(buckets.items(), start=1):
             has = bucket.has(trains), bucket.has(reads)
@@ -300,13 +300,13 @@ class Worker:
             if dry:
                 part.values.zero_()
         self.dry, self.unsent = dry, [] if dry else list(self.parts)
-        self.fetched = -self.hops  # so many hops, until the first one is there
+        self.fetched = -self.ahead
         self.fetch(0)
 
     def fetch(self, needed, *_):
         """Wait until so many parts are there, while the next ones are on their way."""
         while self.fetched < needed and not self.dry:
-            coming = self.parts[self.fetched + self.hops :][:1]
+            coming = self.parts[self.fetched + self.ahead :][:1]
             self.pulling = advance(self.pulling, *(part.pull() for part in coming))
             self.fetched += 1
 

@@ -54,6 +54,7 @@ usual = [pytest.param(CONFIGS[name], id=name) for name in ("gpt", "resnet")]
 others = [pytest.param(CONFIGS[name], id=name, marks=slow) for name in ("vit", "resnet-group-norm")]
 each_model = pytest.mark.parametrize("config", usual + others)
 SCHEMES = [(mode, kind) for mode in ("backward", "forward") for kind in ("block", "neuron")]
+FEWER = [*SCHEMES[::3], *(pytest.param(*scheme, marks=slow) for scheme in SCHEMES[1:3])]
 
 
 # ---- helpers, from first principles
@@ -282,7 +283,7 @@ def test_masks_command(monkeypatch, capsys):
             masks.main()
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and flags.split()[0] in line
-    for workers, kind in product((1, 4, 8, 64, 500), ("block", "neuron")):
+    for workers, kind in product((1, 8, 200), ("block", "neuron")):
         units, mask = make_mask(kind, workers, coverage=0.7, config=GPTConfig())
         assert max(map(len, masks.picture(mask, units).splitlines())) <= 120
 
@@ -438,13 +439,13 @@ def test_buffers_take_two_layers_at_most(in_processes, mode, kind):
 
 
 def plan_for_1024():
-    """What each process works out at the start, for one layer of 10,000 units."""
-    units = [Unit("blocks.0.w", "w", 4)] * 10_000
+    """What each process works out at the start, for one layer of 4,000 units."""
+    units = [Unit("blocks.0.w", "w", 4)] * 4_000
     began = time.perf_counter()
     mask = assign(units, 1024, 64)
     gap = spectral_gap(mask)
-    like = {"blocks.0.w.a": torch.empty(10_000, 4, device="meta")}
-    values = torch.zeros(10_000, 4)
+    like = {"blocks.0.w.a": torch.empty(4_000, 4, device="meta")}
+    values = torch.zeros(4_000, 4)
     layout = Layout()
     bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu", layout)
     (hop,) = hops_of(bucket, bucket.has(mask), layout)
@@ -454,7 +455,7 @@ def plan_for_1024():
 
 
 def test_plans_for_1024_workers():
-    """Masks, splits and spectral gap in less than 500 MB, on a process group without processes; how long it
+    """Masks, splits and spectral gap in less than 200 MB, on a process group without processes; how long it
     takes is said (pytest -s)."""
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=5, world_size=1024)
@@ -466,7 +467,7 @@ def test_plans_for_1024_workers():
         tracemalloc.stop()
         dist.destroy_process_group()
     print(f"{seconds:.2f} s, {peak / 1e6:.0f} MB")
-    assert peak < 500e6
+    assert peak < 200e6
 
 
 def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machines=1):
@@ -513,8 +514,7 @@ def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, 
 
 @pytest.mark.parametrize("mode, kind", SCHEMES)
 def test_after_a_change_of_masks_the_same_holds(in_processes, mode, kind):
-    for n in (4, 2):
-        in_processes(n, gradients_that_arrive, mode, kind, False, SMALL, True)
+    in_processes(4, gradients_that_arrive, mode, kind, False, SMALL, True)
 
 
 def bytes_alive():
@@ -635,11 +635,11 @@ def train_four_workers(mode, kind, config, machines=1, steps=3):
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
 def test_processes_do_not_matter(in_processes, mode, kind, config):
-    """Four workers on 1, 2 and 4 processes, also on two and on four machines; and the initial model is the
-    dense one whatever they hold."""
+    """Four workers on 1, 2 and 4 processes, also on two machines; and the initial model is the dense one."""
     if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):
         pytest.skip("these two schemes suffice for images")
-    layouts = [(1, 1), (4, 1), (4, 2)] + ([(2, 1), (2, 2), (4, 4)] if config == SMALL else [])
+    layouts = [(1, 1), (4, 1)] + ([(4, 2)] if config == SMALL else [])
+    layouts += [(2, 1), (2, 2), (4, 4)] if "SLOW" in os.environ or (config, kind) == (SMALL, "neuron") else []
     of_layouts = [in_processes(n, train_four_workers, mode, kind, config, m) for n, m in layouts]
     runs = sum(of_layouts, [])
     for first, last in runs:
@@ -685,7 +685,7 @@ def cost_of_a_step(mode, kind, coverage, dtype):
 @pytest.mark.parametrize(
     "mode, kind, coverage, dtype",
     [(*scheme, 0.5, torch.float32) for scheme in [("none", "block"), *SCHEMES]]
-    + [(*scheme, 0.75, torch.bfloat16) for scheme in SCHEMES[1:3]],
+    + [pytest.param(*scheme, 0.75, torch.bfloat16, marks=slow) for scheme in SCHEMES[1:3]],
 )
 def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, dtype):
     """The README's tables: pushed and pulled are H = S + C (1 - S) of an all-reduce's halves, S the shared
@@ -863,7 +863,7 @@ def test_state_of_buckets_that_no_equal_slices_fill(in_processes):
     assert_close(state, whole, 0)
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+@pytest.mark.parametrize("mode, kind", [("none", "block"), *FEWER])
 def test_train_in_each_mode(ranks, tmp_path, mode, kind):
     """The default model for a few steps on two processes: files, and costs against the dense column."""
     flags = ["--mask", mode, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]

@@ -201,7 +201,7 @@ def make_plan(args, saved, assign):
         if args.mask == "none":
             return np.ones((args.workers, len(units)), dtype=bool)
         mask = assign(units, groups, holders, args.seed, mask_number, **more)
-        return mask.repeat(args.workers // groups, axis=0)
+        return mask if groups == args.workers else masks.spread(mask, units).repeat(args.workers // groups, 0)
 
     args.steps = args.steps or 300
     if args.epochs:

@@ -233,7 +233,7 @@ def check_alignment(mode, kind, drop_path):
     return found["workers"]["all"]
 
 
-@pytest.mark.parametrize("kind, drop_path", [("block", 0.5), ("neuron", 0)])
+@pytest.mark.parametrize("kind, drop_path", [pytest.param("block", 0.5, marks=slow), ("neuron", 0)])
 def test_alignment_of_gradients(in_processes, kind, drop_path):
     """In backward masking each worker's gradient is that of the whole model; in forward masking it is not."""
     for n in (2, 4):

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -47,28 +46,19 @@ def run_in(folder, *call):
     run_program(*call)
 
 
-def run_all(folder, numbered):
-    """[(number, command)], one after another, since some use what others leave."""
-    for number, command in numbered:
-        said = folder / f"said-{number}"
+def test_commands_of_the_readme(tmp_path):
+    """One after another in an empty folder, since some use what others leave."""
+    number = 0
+    for number, command in enumerate(filter(can_run, commands()), start=1):
+        said = tmp_path / f"said-{number}"
         n, program, arguments = parse(command)
         if n:
-            arguments = [str(folder / word) if word.startswith("runs/") else word for word in arguments]
+            arguments = [str(tmp_path / word) if word.startswith("runs/") else word for word in arguments]
             with Ranks(said, n, program, *arguments) as ranks:
                 assert ranks.finish() == [0] * n, ranks.text()
         else:
-            process = warm.Process(target=run_in, args=(folder, program, arguments, {}, said))
+            process = warm.Process(target=run_in, args=(tmp_path, program, arguments, {}, said))
             process.start()
             process.join()
             assert process.exitcode == 0, said.read_text()
-
-
-def test_commands_of_the_readme(tmp_path):
-    """In an empty folder; those that need no other one's files run beside those that do."""
-    numbered = list(enumerate(filter(can_run, commands())))
-    linked = [(number, command) for number, command in numbered if "runs/" in " ".join(command)]
-    others = [pair for pair in numbered if pair not in linked]
-    with ThreadPoolExecutor(2) as threads:
-        for ended in [threads.submit(run_all, tmp_path, each) for each in (linked, others)]:
-            ended.result()
-    assert len(linked) > 3 and len(others) > 6
+    assert number > 10

@@ -20,7 +20,7 @@ import masks
 import train
 from model import GPTConfig, build, units_of
 from support import costs
-from support.processes import HERE, TINY, read_log, read_summary
+from support.processes import HERE, TINY, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]
 
@@ -65,7 +65,10 @@ def test_the_dense_column(dtype, optimizer, weight, state):
     assert dense["flops"] == 6 * tokens * matrices + 3.5 * attention  # backward: twice, and 2.5 times
 
 
-@pytest.mark.parametrize("mask, units", [("none", "block"), ("backward", "neuron"), ("forward", "block")])
+@pytest.mark.parametrize(
+    "mask, units",
+    [pytest.param("none", "block", marks=slow), ("backward", "neuron"), ("forward", "block")],
+)
 def test_a_worker_beside_a_dense_one(ranks, tmp_path, mask, units):
     flags = [*TINY, "--mask", mask, "--units", units, "--workers", 4, "--steps", 2]
     said = ranks(2, "train.py", *flags, "--out", tmp_path)

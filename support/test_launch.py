@@ -30,6 +30,7 @@ from support.processes import (
     needs_proc,
     read_log,
     read_summary,
+    slow,
 )
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -282,6 +283,7 @@ def test_flags_that_differ_between_processes(tmp_path):
 
 
 @needs_proc
+@slow  # else scripts/test_wire.py has two agents
 def test_two_machines(tmp_path):
     """Two torchrun agents that meet over a c10d rendezvous; here both are on this host."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "sdp"]
@@ -325,7 +327,7 @@ def assert_named(run, silent):
 
 def test_a_worker_stalls(tmp_path):
     """In a step, and in another run while it writes a checkpoint. Both runs wait at the same time."""
-    endless = [*TINY, "--steps", 100000, "--timeout", 2, "--out"]
+    endless = [*TINY, "--steps", 100000, "--timeout", 1, "--out"]
     in_step, in_save = tmp_path / "step", tmp_path / "save"
     with (
         Ranks(tmp_path / "said 1", 2, "train.py", *endless, in_step) as first,
@@ -363,7 +365,8 @@ def test_a_worker_is_interrupted(tmp_path, undisturbed):
         os.kill(run.processes[1].pid, signal.SIGINT)
         assert run.finish() == [0, 0], run.text()
     assert_stopped(out, run.text(), at_least=25)
-    assert_resumes(out, undisturbed)
+    if "SLOW" in os.environ:  # else another test resumes what a signal has stopped
+        assert_resumes(out, undisturbed)
 
 
 PROGRAM = f"""

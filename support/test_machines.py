@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from masks import UserError, assign, number_of_groups, roles, spectral_gap
+from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap, spread
 from model import build, initial_value
 from sdp import SDP, Layout
 from support import checkpoint
@@ -36,6 +36,8 @@ from test_sdp import (
 )  # fmt: skip
 
 pytest_plugins = ["support.testing", "support.processes"]
+
+FEW = [("none", "block"), *(SCHEMES if "SLOW" in os.environ else SCHEMES[::3])]
 
 
 # ---- several machines
@@ -67,7 +69,7 @@ def counted(mode, kind, machines, mask):
     return crossed.item(), expected
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+@pytest.mark.parametrize("mode, kind", FEW)
 def test_what_crosses_between_machines(in_processes, mode, kind):
     """Each value once to every machine that has a reader, and once from every machine that has a trainer."""
     units, by_worker = make_mask(kind, 4)
@@ -79,6 +81,19 @@ def test_what_crosses_between_machines(in_processes, mode, kind):
         found.append(crossed)
     assert found[0] == 0 and found[2] <= found[1] <= found[3]
     assert found[2] < found[1] or mode == "none"
+
+
+def test_equal_columns_lie_apart():
+    units = [Unit(f"blocks.{u}", "block", 1) for u in range(12)]
+    for machines, holders in ((2, 1), (4, 2), (4, 1)):
+        dealt = assign(units, machines, holders)
+        mask = spread(dealt, units)
+        assert sorted(map(tuple, mask.T)) == sorted(map(tuple, dealt.T))
+        patterns = [tuple(column) for column in mask.T]
+        kinds = len(set(patterns))
+        assert len(set(patterns[:kinds])) == kinds  # each once, before any comes again
+    unlike = [unit._replace(cost=u + 1) for u, unit in enumerate(units)]
+    assert (spread(dealt, unlike) == dealt).all()
 
 
 def two_runs(machines):
@@ -117,7 +132,7 @@ def go_on(machines, path, save):
 
 
 def test_checkpoints_move_between_machines(in_processes, tmp_path):
-    for before in (1, 2):
+    for before in (1, 2) if "SLOW" in os.environ else (2,):
         in_processes(4, go_on, before, tmp_path / "state", True)
         results = [in_processes(4, go_on, machines, tmp_path / "state", False)[0] for machines in (1, 2, 4)]
         for result in results:
@@ -129,23 +144,17 @@ def start(said, machine_of, *flags):
 
 
 def test_train_on_two_machines(tmp_path):
-    """Masks by machine halve what crosses; the table shows it beside a ring of DDP."""
-    sent = {}
-    for kind in ("worker", "machine"):
-        flags = ["--layers", 4, "--mask", "forward", "--assign", kind, "--out", tmp_path / kind]
-        with start(tmp_path / f"said {kind}", [0, 0, 1, 1], *flags) as run:
-            assert run.finish() == [0] * 4, run.text()
-        summary, text = read_summary(tmp_path / kind), run.text()
-        assert re.search(r"machine +0 +0 +1 +1\n", text) and "to other machines, MB" in text
-        rows, dense, params = summary["per_worker"], summary["dense"], summary["params"]
-        sent[kind] = sum(row["between_machines_bytes"] for row in rows) / 2  # of a machine
-        assert dense["between_machines_bytes"] * 2 == pytest.approx(4 * 2 * params * 3 / 4, rel=1e-3)
-        assert summary["machines"] == 2
-        if kind == "machine":
-            held = (summary["shared_params"] + params) / 2
-            assert sent[kind] == pytest.approx(4 * 2 * held / 2, rel=0.02)  # 2 H P (M - 1) / M, float32
-            assert "brings the groups together" in text
-    assert sent["machine"] < 0.8 * sent["worker"]
+    """What crosses follows H; the table shows it beside a ring of DDP."""
+    flags = ["--layers", 4, "--mask", "forward", "--assign", "machine", "--out", tmp_path / "run"]
+    with start(tmp_path / "said", [0, 0, 1, 1], *flags) as run:
+        assert run.finish() == [0] * 4, run.text()
+    summary, text = read_summary(tmp_path / "run"), run.text()
+    assert re.search(r"machine +0 +0 +1 +1\n", text) and "to other machines, MB" in text
+    assert "or a larger --coverage helps" in text and summary["machines"] == 2
+    rows, dense, params = summary["per_worker"], summary["dense"], summary["params"]
+    assert dense["between_machines_bytes"] * 2 == pytest.approx(4 * 2 * params * 3 / 4, rel=1e-3)
+    sent, held = sum(row["between_machines_bytes"] for row in rows), (summary["shared_params"] + params) / 2
+    assert sent / 2 == pytest.approx(4 * 2 * held / 2, rel=0.02)  # a machine's: 2 H P (M - 1) / M, float32
 
 
 def test_machines_of_unequal_size(tmp_path):
@@ -226,7 +235,7 @@ def unequal_gradients(mode, kind, capacity, rows):
     return sum(bucket.master.numel() for bucket in engine.buckets.values())
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+@pytest.mark.parametrize("mode, kind", FEW)
 def test_unequal_workers_have_the_gradients_of_their_rows(in_processes, mode, kind):
     """Each row counts as much as any other; owned slices follow the capacity."""
     params = sum(p.numel() for p in build(SMALL).parameters())

@@ -8,13 +8,14 @@ from masks import assign
 from model import ResNetConfig, build
 from sdp import SDP
 from support import evaluation
-from support.processes import TINY, read_log, read_summary
+from support.processes import TINY, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]
 
 
 @pytest.mark.parametrize(
-    "model, kind, mode", [("resnet18", "block", "forward"), ("vit", "neuron", "backward")]
+    "model, kind, mode",
+    [("resnet18", "block", "forward"), pytest.param("vit", "neuron", "backward", marks=slow)],
 )
 def test_train_on_images(ranks, tmp_path, small_cifar, model, kind, mode):
     width = {"resnet18": "8", "vit": "32"}[model]
