@@ -20,10 +20,10 @@ UNITS = dict(step_ms=1, vs_ddp=1, static_bytes=1e6, activation_bytes=1e6, sent_b
 
 def bench(plan, device):
     """{name: {key: number}}. Bytes and FLOPs are those of the worker that takes most."""
-    args, engines, found = plan.args, {}, {}
+    args, engines, found, machines = plan.args, {}, {}, launch.machines_alike(needed=False)
     for name, kind in ENGINES.items():
         allocated, mode = torch.cuda.memory_allocated(), name.removeprefix("sdp-")
-        engine = engines[name] = train.make_engine(plan, plan.draw_mask(0), mode, device, kind)
+        engine = engines[name] = train.make_engine(plan, plan.draw_mask(0), mode, device, kind, machines)
         of_workers = costs.dry_run(args, plan.whole.config, engine)
         for step in (1, 2, 3):  # to warm up
             train.update(engine, load_batches(plan.data, engine, args, step), args, step, args.lr)

@@ -22,7 +22,7 @@ from scripts.dense import Dense
 from scripts.sweep import cyclic
 from sdp import SDP, Layout, bucket_of
 from support import launch
-from support.processes import TINY, assert_same_checkpoint, read_log, read_summary, slow
+from support.processes import TINY, Ranks, assert_same_checkpoint, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]
 
@@ -170,6 +170,18 @@ def test_bench(ranks, tmp_path):
     assert flops["fsdp"] == flops["sdp-none"] == saved["fsdp"] == saved["sdp-none"] == 1
     assert 1 < sent["fsdp"] < 1.5 and sent["sdp-none"] == pytest.approx(1, rel=0.02)
     assert flops["sdp-forward"] < flops["sdp-backward"] < 1 and saved["sdp-forward"] < 0.95
+
+
+def test_bench_on_two_machines(tmp_path):
+    """It has the exchange that training has there, with the same bytes."""
+    flags = [*TINY, "--layers", 3, "--units", "neuron", "--steps", 1, "--out"]
+    programs = [("scripts.bench", tmp_path / "bench"), ("train.py", tmp_path / "train", "--mask", "forward")]
+    for program, *more in programs:
+        with Ranks(tmp_path / f"said {program}", 4, program, *flags, *more, machine_of=[0, 0, 1, 1]) as run:
+            assert run.finish() == [0] * 4, run.text()
+    rows = read_summary(tmp_path / "train")["per_worker"]
+    sent = sum(max(row[key] for row in rows) for key in ("push_bytes", "pull_bytes"))
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["sdp-forward"]["sent_bytes"] == sent
 
 
 @pytest.mark.parametrize("flag", BAD)
