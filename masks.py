@@ -124,14 +124,6 @@ def mix(mask, units, capacity, rng, tries):
             best = max(best, new)
 
 
-def spread(mask, units):
-    """The mask with equal columns far apart, if all are alike: layers in a row use a link both ways."""
-    if len({(unit.kind, unit.cost) for unit in units}) > 1:
-        return mask
-    repeats = [(mask[:, :u] == mask[:, [u]]).all(axis=0).sum() for u in range(len(units))]
-    return mask[:, np.argsort(repeats, kind="stable")]
-
-
 def exchange(mask, units, i, j, rng):
     """Worker i gives worker j a unit and takes another of its kind, in place. Where units of the kind
     differ in cost, it sometimes takes nothing. Columns keep their sums. Returns the index of the flipped
@@ -141,12 +133,20 @@ def exchange(mask, units, i, j, rng):
     offers = np.flatnonzero(mask[j] & ~mask[i] & of_kind)
     if mask[j, given] or not len(offers):
         return None
-    moved, costs_differ = [given, rng.choice(offers)], len(np.unique(costs(units)[of_kind])) > 1
-    if costs_differ and rng.random() < 0.3 and mask[i, of_kind].sum() > 1:
+    moved = [given, rng.choice(offers)]
+    if len(set(costs(units)[of_kind])) > 1 and rng.random() < 0.3 and mask[i, of_kind].sum() > 1:
         moved = [given]
     flipped = np.ix_([i, j], moved)
     mask[flipped] ^= True
     return flipped
+
+
+def spread(mask, units):
+    """The mask with equal columns far apart, if all are alike: layers in a row use a link both ways."""
+    if len({(unit.kind, unit.cost) for unit in units}) > 1:
+        return mask
+    repeats = [(mask[:, :u] == mask[:, [u]]).all(axis=0).sum() for u in range(len(units))]
+    return mask[:, np.argsort(repeats, kind="stable")]
 
 
 def costs(units):

@@ -157,7 +157,7 @@ class Bucket:
 class Hop:
     """One all_to_all of a bucket, from who has values to who wants them; a push goes the other way. Each
     member of a group has what lies between two `cuts`, in the order of the chunks: so what a member gets from
-    the first, then from the second, and so on, is in the bucket's order. So nothing needs to be sorted."""
+    the first, then from the second, and so on, is in the bucket's order, and nothing needs to be sorted."""
 
     def __init__(self, group, me, crosses, edges, cuts, source_edges, wants):
         """me: this process's number in the group; crosses: are the others on other machines? edges: of the
@@ -178,9 +178,9 @@ def hops_of(bucket, has, layout):
     if not layout.two_levels:
         return [Hop(None, dist.get_rank(), machines > 1, edges, cuts, bucket.my_edges, has)]
     by_machine = has.reshape(machines, -1, has.shape[1])  # [machines, places, chunks]
-    here = cuts[place * machines : (place + 1) * machines + 1]  # of the owners at this place
-    near = edges.clip(here[0], here[-1])
-    across = Hop(layout.across, layout.machine, True, near, here, bucket.my_edges, by_machine.any(axis=1))
+    group, cuts_here = layout.across, cuts[place * machines : (place + 1) * machines + 1]  # of this place
+    edges_here, wants = edges.clip(cuts_here[0], cuts_here[-1]), by_machine.any(axis=1)
+    across = Hop(group, layout.machine, True, edges_here, cuts_here, bucket.my_edges, wants)
     wants = by_machine[layout.machine]
     return [across, Hop(layout.inside, place, False, edges, cuts[::machines], across.edges, wants)]
 
@@ -277,7 +277,6 @@ class Worker:
     def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.parts, self.dry = model, [], False
-        self.ahead = 3 if layout.two_levels else 1  # layers from the start of a pull to its end
         self.fetched, self.unsent = 0, []  # how many parts are there, and those that wait for gradients
         self.pulling, self.pushing, self.grad_bytes = [], [], 0  # see `advance`; of gradients at their most
         modules, parameters = dict(model.named_modules()), by_bucket(model)
@@ -291,6 +290,7 @@ class Worker:
                 # weak: autograd hides its references from the garbage collector, and nothing would be freed
                 hook = partial(Worker._count_gradient, weakref.proxy(self), weakref.proxy(part))
                 parameter.register_post_accumulate_grad_hook(hook)
+        self.ahead = sum(hop.layers for hop in self.parts[0].pull_hops)  # from the start of a pull to its end
 
     def begin(self, passes=1, dry=False):
         """Allocate the parameters, and start to pull them for so many passes; if dry, let them be zeros."""

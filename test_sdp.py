@@ -193,7 +193,7 @@ def test_masks_cover_balance_and_connect():
     """Random cases: every column sums to p; loads of equal units differ by at most one, within each kind; the
     worker graph is connected wherever p >= 2 and edges can suffice; the same seed gives the same mask."""
     rng, connected = np.random.default_rng(0), 0
-    for _ in range(500 if "SLOW" in os.environ else 40):
+    for _ in range(500 if "SLOW" in os.environ else 60):
         workers, kinds = int(rng.integers(1, 17)), int(rng.integers(1, 4))
         units = [
             Unit(f"layer{k}", f"layer{k}", 3 + k) for k in range(kinds) for _ in range(rng.integers(1, 20))
@@ -213,7 +213,7 @@ def test_masks_cover_balance_and_connect():
         assert (assign(units, workers, holders, seed, number) == mask).all()
         with pytest.raises(UserError, match="--coverage"):
             assign(units, fewest * holders + 1, holders, seed)
-    assert connected > 20
+    assert connected > 30
 
 
 def test_masks_of_a_run():
@@ -283,7 +283,7 @@ def test_masks_command(monkeypatch, capsys):
             masks.main()
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and flags.split()[0] in line
-    for workers, kind in product((1, 8, 200), ("block", "neuron")):
+    for workers, kind in product((1, 4, 8, 64, 500), ("block", "neuron")):
         units, mask = make_mask(kind, workers, coverage=0.7, config=GPTConfig())
         assert max(map(len, masks.picture(mask, units).splitlines())) <= 120
 
@@ -398,9 +398,9 @@ def test_only_the_last_pass_communicates(in_processes):
     in_processes(2, only_the_last_pass_communicates)
 
 
-def buffers_of_a_step(mode, kind, dtype):
+def buffers_of_a_step(mode, kind, dtype, machines=1):
     """The most that the tensors given to collectives ever take together, parameters aside, in layers."""
-    engine = make_engine(mode, kind, 4, config=GPTConfig(layers=3), dtype=dtype)
+    engine = make_engine(mode, kind, 4, config=GPTConfig(layers=3), dtype=dtype, machines=machines)
     (worker,) = engine.workers
     own = {part.values.untyped_storage()._cdata for part in engine.workers[worker].parts}
     layer = max(int(bucket.chunk_edges[-1]) for bucket in engine.buckets.values()) * dtype.itemsize
@@ -414,7 +414,7 @@ def buffers_of_a_step(mode, kind, dtype):
                 alive[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, alive.pop, storage._cdata, None)
         for _ in range(100):  # gloo's thread lets go of what has been sent a moment later
-            if sum(alive.values()) <= 2 * layer:
+            if sum(alive.values()) <= (2 if machines == 1 else 4) * layer:
                 break
             time.sleep(0.01)
         most = max(most, sum(alive.values()))
@@ -434,18 +434,17 @@ def buffers_of_a_step(mode, kind, dtype):
 @pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
 def test_buffers_take_two_layers_at_most(in_processes, mode, kind):
     dtype = torch.bfloat16 if kind == "block" else torch.float32
-    of_ranks = in_processes(4, buffers_of_a_step, mode, kind, dtype)
-    assert 0.25 < max(of_ranks) <= 2
+    assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, kind, dtype)) <= 2
 
 
 def plan_for_1024():
-    """What each process works out at the start, for one layer of 4,000 units."""
-    units = [Unit("blocks.0.w", "w", 4)] * 4_000
+    """What each process works out at the start, for one layer of 10,000 units."""
+    units = [Unit("blocks.0.w", "w", 4)] * 10_000
     began = time.perf_counter()
     mask = assign(units, 1024, 64)
     gap = spectral_gap(mask)
-    like = {"blocks.0.w.a": torch.empty(4_000, 4, device="meta")}
-    values = torch.zeros(4_000, 4)
+    like = {"blocks.0.w.a": torch.empty(10_000, 4, device="meta")}
+    values = torch.zeros(10_000, 4)
     layout = Layout()
     bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu", layout)
     (hop,) = hops_of(bucket, bucket.has(mask), layout)
@@ -455,7 +454,7 @@ def plan_for_1024():
 
 
 def test_plans_for_1024_workers():
-    """Masks, splits and spectral gap in less than 200 MB, on a process group without processes; how long it
+    """Masks, splits and spectral gap in less than 500 MB, on a process group without processes; how long it
     takes is said (pytest -s)."""
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=5, world_size=1024)
@@ -467,7 +466,7 @@ def test_plans_for_1024_workers():
         tracemalloc.stop()
         dist.destroy_process_group()
     print(f"{seconds:.2f} s, {peak / 1e6:.0f} MB")
-    assert peak < 200e6
+    assert peak < 500e6
 
 
 def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machines=1):
@@ -514,7 +513,8 @@ def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, 
 
 @pytest.mark.parametrize("mode, kind", SCHEMES)
 def test_after_a_change_of_masks_the_same_holds(in_processes, mode, kind):
-    in_processes(4, gradients_that_arrive, mode, kind, False, SMALL, True)
+    for n in (4, 2):
+        in_processes(n, gradients_that_arrive, mode, kind, False, SMALL, True)
 
 
 def bytes_alive():
@@ -551,7 +551,7 @@ def changes_of_masks(number):
 
 
 def test_changes_of_masks_leave_nothing_behind(in_processes):
-    for n, number in ((1, 200 if "SLOW" in os.environ else 14), (4, 14)):
+    for n, number in ((1, 200 if "SLOW" in os.environ else 17), (4, 17)):
         for after_ten, after_all in in_processes(n, changes_of_masks, number):
             assert after_all <= 1.01 * after_ten  # all workers hold equally much
 
@@ -815,10 +815,10 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(in_processes, bad):
     in_processes(2, a_step_that_is_not_finite, bad)
 
 
-def state_on_file(mode, units, path, save):
+def state_on_file(mode, units, path, save, machines=1):
     """Save what an engine has after three steps; or load it into another one, which must then have it too,
     and go on."""
-    engine = make_engine(mode, units, 4)
+    engine = make_engine(mode, units, 4, machines=machines)
     if not save:
         checkpoint.load_state(engine, *torch.load(path, mmap=True, weights_only=True))
         model, optimizer = checkpoint.gather_state(engine)

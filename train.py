@@ -91,10 +91,7 @@ DEFAULTS = {  # where a model has others
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
 }  # fmt: skip
-
-
-def make_parser():
-    return launch.make_parser("Train a model with Subnetwork Data Parallelism.", FLAGS)
+make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Parallelism.", FLAGS)
 
 
 def parse(argv, parser):
@@ -116,20 +113,21 @@ def check_flags(args, saved):
     for flag in OF_CHECKPOINT if saved else ():
         value, before = getattr(args, flag), saved["flags"][flag]
         if value != before:
-            before = f"{saved['path']} was trained with {before or 'its default'}"
-            raise UserError(f"--{flag} {value}: {before}; leave it out")
+            why = f"{saved['path']} was trained with {before or 'its default'}"
+            raise UserError(f"--{flag} {value}: {why}; leave it out")
     processes = launch.world_size()
     args.workers = args.workers or (4 if processes == 1 and args.mask != "none" else processes)
     args.rows = args.rows or [1] * args.workers
     parts = sum(args.rows) * args.micro_batches
     possible = (args.batch_size // parts + 1) * parts
-    by_machine, each = args.assign == "machine", f"needs {args.workers} numbers, one for each worker"
+    one_each = f"needs {args.workers} numbers, one for each worker"
+    by_machine = args.assign == "machine"
     args.machines = args.machines or (launch.count_machines() if by_machine else None)
     for wrong, flag, remedy in (
         (by_machine and args.machines == 1, "assign", "needs several machines; --machines 2 plays two"),
         (by_machine and args.capacity, "capacity", "is not for --assign machine"),
-        (len(args.rows) != args.workers, "rows", each),
-        (len(args.capacity or args.rows) != args.workers, "capacity", each),
+        (len(args.rows) != args.workers, "rows", one_each),
+        (len(args.capacity or args.rows) != args.workers, "capacity", one_each),
         (args.resample and args.mask == "none", "resample", "is not for --mask none, which has no masks"),
         (args.resample and args.compile, "resample", "not together with --compile, each time anew"),
         (args.finish and args.mask != "forward", "finish", "is for --mask forward"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from statistics import mean, median
 
@@ -13,7 +14,7 @@ import torch
 
 import train
 from data import load_batches
-from masks import UserError, assign, holders_per_unit, spread
+from masks import UserError, assign
 from scripts.dense import Dense
 from sdp import SDP, add_up
 from support import launch
@@ -67,8 +68,10 @@ def run_machines(args):
             shell(f"ip netns add {hub}; ip -n {hub} link add hub up type bridge")
             for number in range(args.machines):
                 launches.append(start_machine(number, hub, args))
-            while None in (codes := [each.poll() for each in launches]) and not (any(codes) or caught):
+            codes = [None]
+            while None in codes and not (any(codes) or caught):
                 time.sleep(0.1)
+                codes = [each.poll() for each in launches]
         finally:
             for each in launches:
                 each.kill()
@@ -79,10 +82,10 @@ def run_machines(args):
 
 
 def measure(engines, plan):
-    """{arm: [(bytes that this machine sends in a step, milliseconds)]}. They take turns; None only waits."""
+    """{arm: [(bytes that this machine sends in a step, milliseconds)]}; "waiting" has only barriers."""
     found, interface, sent = {}, Path(f"/sys/class/net/{DEVICE}/statistics/tx_bytes"), 0
     for step in range(1, WARM_UP + plan.args.steps + 1):
-        for arm, engine in {**engines, None: None}.items():
+        for arm, engine in (engines | {"waiting": None}).items():
             batches = engine and load_batches(plan.data, engine, plan.args, step)
             torch.distributed.barrier()  # nobody goes on until all have read what was sent
             began, sent_before = time.perf_counter(), sent
@@ -105,7 +108,7 @@ def play(args, plan, by_worker, by_machine):
         machines = 1 if kind is Dense or way == "flat" else args.machines
         engines[arm] = train.make_engine(plan, mask, mode, "cpu", kind, machines)
     found = measure(engines, plan)
-    waiting = mean(nbytes for nbytes, _ in found.pop(None))
+    waiting = mean(nbytes for nbytes, _ in found.pop("waiting"))
     for arm, rows in found.items():
         sent = mean(nbytes for nbytes, _ in rows) - waiting if os.environ["LOCAL_RANK"] == "0" else 0
         counted = engines[arm].traffic["between_machines"] / (WARM_UP + args.steps)
@@ -134,11 +137,9 @@ def main():
             raise UserError(f"--arms {','.join(args.arms)}: must be of {ARMS}")
         args.workers, args.dtype = args.machines * args.processes, args.dtype or "float32"
         plan = train.make_plan(args, None, assign)
-        holders = holders_per_unit(args.coverage, args.machines)
-        dealt = assign(plan.units, args.machines, holders, args.seed)
-        by_machine = spread(dealt, plan.units).repeat(args.processes, axis=0)
+        other = train.make_plan(Namespace(**vars(args) | {"assign": "machine"}), None, assign)
         if "RANK" in os.environ:
-            return play(args, plan, plan.draw_mask(0), by_machine)
+            return play(args, plan, plan.draw_mask(0), other.draw_mask(0))
         if "fsdp" in args.arms and not hasattr(torch.cpu.Stream, "record_event"):
             args.arms.remove("fsdp")
             print(f"fsdp is left out: it needs a newer torch on a CPU than {torch.__version__}")

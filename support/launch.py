@@ -80,7 +80,7 @@ def machines_alike(needed):
     if needed:
         raise UserError(f"--assign machine: {line}; start equally many on each")
     if dist.get_rank() == 0:
-        print(line)
+        print(line, flush=True)
     return 1
 
 

@@ -30,7 +30,6 @@ from support.processes import (
     needs_proc,
     read_log,
     read_summary,
-    slow,
 )
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -283,7 +282,6 @@ def test_flags_that_differ_between_processes(tmp_path):
 
 
 @needs_proc
-@slow  # else scripts/test_wire.py has two agents
 def test_two_machines(tmp_path):
     """Two torchrun agents that meet over a c10d rendezvous; here both are on this host."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "sdp"]
@@ -365,8 +363,7 @@ def test_a_worker_is_interrupted(tmp_path, undisturbed):
         os.kill(run.processes[1].pid, signal.SIGINT)
         assert run.finish() == [0, 0], run.text()
     assert_stopped(out, run.text(), at_least=25)
-    if "SLOW" in os.environ:  # else another test resumes what a signal has stopped
-        assert_resumes(out, undisturbed)
+    assert_resumes(out, undisturbed)
 
 
 PROGRAM = f"""

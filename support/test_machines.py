@@ -16,7 +16,6 @@ import train
 from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap, spread
 from model import build, initial_value
 from sdp import SDP, Layout
-from support import checkpoint
 from support.processes import TINY, Ranks, read_log, read_summary
 from test_sdp import (
     SCHEMES,
@@ -25,12 +24,14 @@ from test_sdp import (
     assert_close,
     batch,
     bucket_of,
+    buffers_of_a_step,
     dense_model,
     make_engine,
     make_mask,
     mean_over_trainers,
     owned,
     rows_of,
+    state_on_file,
     subnetwork_gradients,
     whole_values,
 )  # fmt: skip
@@ -97,10 +98,10 @@ def test_equal_columns_lie_apart():
 
 
 def two_runs(machines):
-    """The values after three steps in float32, twice."""
+    """The values after three steps in bfloat16, twice."""
     results = []
     for _ in range(2):
-        engine = make_engine("backward", "neuron", 4, dtype=torch.float32, machines=machines)
+        engine = make_engine("backward", "neuron", 4, dtype=torch.bfloat16, machines=machines)
         for step in range(3):
             for worker in engine.workers:
                 with engine.turn(worker) as model:
@@ -115,28 +116,17 @@ def test_a_layout_gives_the_same_bits_each_time(in_processes):
         assert_close(first, second, 0)
 
 
-def go_on(machines, path, save):
-    """Three steps and a checkpoint; or load it on other machines, and go on."""
-    engine = make_engine("forward", "block", 4, machines=machines)
-    if not save:
-        checkpoint.load_state(engine, *torch.load(path, weights_only=True))
-    for step in range(3) if save else range(3, 5):
-        for worker in engine.workers:
-            with engine.turn(worker) as model:
-                model(*batch(step, worker)).backward()
-        engine.step(1e-2, 1.0)
-    state = checkpoint.gather_state(engine)
-    if save and dist.get_rank() == 0:
-        torch.save(state, path)
-    return whole_values(engine)
-
-
 def test_checkpoints_move_between_machines(in_processes, tmp_path):
     for before in (1, 2) if "SLOW" in os.environ else (2,):
-        in_processes(4, go_on, before, tmp_path / "state", True)
-        results = [in_processes(4, go_on, machines, tmp_path / "state", False)[0] for machines in (1, 2, 4)]
+        scheme = "forward", "block", tmp_path / "state"
+        in_processes(4, state_on_file, *scheme, True, before)
+        results = [in_processes(4, state_on_file, *scheme, False, machines)[0] for machines in (1, 2, 4)]
         for result in results:
             assert_close(result, results[0], 1e-10)
+
+
+def test_buffers_take_four_layers_at_most(in_processes):
+    assert 2 < max(in_processes(4, buffers_of_a_step, "backward", "neuron", torch.float32, 2)) <= 4
 
 
 def start(said, machine_of, *flags):
