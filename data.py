@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from masks import UserError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders
-KINDS = ("python", "fineweb", "cifar10", "cifar100", "imagenet")  # what --data can be
+KINDS = ("python", "text", "fineweb", "cifar10", "cifar100", "imagenet")  # what --data can be
 HELD_OUT = 13  # of 256 files of text
 TOKENS = 50257  # of GPT-2; a model for them has 50304, a multiple of 128
 ARRAYS = ("train", "train-labels", "val", "val-labels")  # NAME.npy, for the first arguments of Images
@@ -35,8 +35,10 @@ def load(name, folder=None, context=None, tests=1):
     """What --data and --data-dir name: a Text, with `tests` windows to validate, or Images. Raises UserError
     where the data is damaged, or missing: then with the command that prepares it."""
     try:
-        if name == "python":
-            return python_text(folder, context or 128, tests)
+        if name == "python":  # 11 MB, without its tests
+            return read_bytes(folder or sysconfig.get_paths()["stdlib"], context or 128, tests, ".py")
+        if name == "text":
+            return read_bytes(folder or "datasets/text", context or 128, tests)
         if name == "fineweb":
             return fineweb(folder or "datasets/fineweb", context or 1024, tests)
         return read_images(name, folder or ("datasets/imagenet" if name == "imagenet" else "datasets"))
@@ -104,20 +106,30 @@ class Text:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def python_text(folder=None, context=128, tests=1):
-    """A Text of the bytes of a folder's .py files, by default Python's standard library without tests: 11
-    MB. A hash of the path in the folder decides what is held out, on any machine. Raises UserError."""
-    root = Path(folder or sysconfig.get_paths()["stdlib"])
+def read_bytes(path, context=128, tests=1, ending=""):
+    """A Text of the bytes of a file, whose last tenth is held out; or of a folder's files whose names have
+    this ending. There a hash of the path in the folder decides what is held out, on any machine. Raises
+    UserError."""
+    path = Path(path)
+    if path.is_file():
+        tokens = np.fromfile(path, np.uint8)
+        train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
+    else:
+        train, held_out = read_folder(path, ending)
+    if not len(train) or not len(held_out):
+        raise UserError(f"--data-dir {path}: needs dozens of {ending} files; or --data text a single file")
+    return Text([train], [held_out], 256, context, tests)
+
+
+def read_folder(root, ending):
+    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending."""
     train, held_out = [], []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - LEFT_OUT)  # in place: the walk goes on in this order
-        for path in (Path(here, name) for name in sorted(files) if name.endswith(".py")):
+        for path in (Path(here, name) for name in sorted(files) if name.endswith(ending)):
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
             (held_out if digest[0] < HELD_OUT else train).append(path.read_bytes())
-    tokens, held_out_tokens = (np.frombuffer(b"\n".join(part), np.uint8) for part in (train, held_out))
-    if not len(tokens) or not len(held_out_tokens):
-        raise UserError(f"--data-dir {root}: needs dozens of .py files; without it, they are those of Python")
-    return Text([tokens], [held_out_tokens], 256, context, tests)
+    return (np.frombuffer(b"\n".join(part), np.uint8) for part in (train, held_out))
 
 
 def fineweb(folder, context=1024, tests=1):

@@ -130,6 +130,7 @@ class TransformerConfig:
     hidden: int = 256  # neurons of the SwiGLU layer
     checkpoint_activations: bool = False
     drop_path: float = 0.0  # probability that a row skips a branch in training
+    dropout: float = 0.0  # probability of a zero, of the embedding, attention's weights and branches' sums
     branches = 2  # of a block; without a type, this is no field
 
     def __post_init__(self):
@@ -159,7 +160,7 @@ class Attention(Branch):
     """Multi-head attention; a unit is a head. With a rotation (see `rotary`) it is causal, for text."""
 
     def allocate(self, config, heads):
-        self.head_width = config.width // config.heads
+        self.head_width, self.dropout = config.width // config.heads, config.dropout
         rows = heads * self.head_width
         self.q, self.k, self.v, self.o = (nn.Parameter(torch.empty(rows, config.width)) for _ in range(4))
 
@@ -169,7 +170,8 @@ class Attention(Branch):
         q, k, v = (y.transpose(1, 2) for y in by_head)  # (B, heads, T, head_width)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=rotation is not None)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=rotation is not None)
         return y.transpose(1, 2).flatten(2) @ self.o  # (B, T, heads * head_width) -> (B, T, width)
 
 
@@ -194,10 +196,11 @@ class Block(nn.Module):
         self.attention = Attention(config, config.heads, *attention)
         self.norm2 = nn.RMSNorm(config.width, NORM_EPS)
         self.mlp = MLP(config, GROUPS, *mlp)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotation, scale1=None, scale2=None):
-        x = x + scale_rows(self.attention(self.norm1(x), rotation), scale1)  # (B, T, width)
-        return x + scale_rows(self.mlp(self.norm2(x)), scale2)  # (B, T, width)
+        x = x + scale_rows(self.dropout(self.attention(self.norm1(x), rotation)), scale1)  # (B, T, width)
+        return x + scale_rows(self.dropout(self.mlp(self.norm2(x))), scale2)  # (B, T, width)
 
 
 class Head(nn.Module):
@@ -250,7 +253,7 @@ class Transformer(nn.Module):
     def forward(self, x, targets=None):
         """Logits, or with targets the mean cross-entropy in nats, a scalar. Text: x, targets int64 (B, T),
         logits (B, T, vocabulary). Images: x (B, 3, H, W), targets int64 (B), logits (B, classes)."""
-        x = self.embedding(x)  # (B, T, width)
+        x = F.dropout(self.embedding(x), self.config.dropout, self.training)  # (B, T, width)
         rotation = rotary(x.shape[1], self.config.width // self.config.heads, x) if self.text else None
         return self.head(run_blocks(self, x, rotation), targets)
 
@@ -282,6 +285,7 @@ class ResNetConfig:
     image: int = 32  # pixels along each side
     checkpoint_activations: bool = False
     drop_path: float = 0.0  # probability that an image skips a branch in training
+    dropout: float = 0.0  # probability of a zero, of what the head gets in training
     layers, branches = 8, 1  # blocks, and branches of each; without types, these are no fields
 
     def __post_init__(self):
@@ -385,7 +389,8 @@ class ResNet(nn.Module):
         """As Transformer.forward for images: x (B, 3, H, W), targets int64 (B); logits (B, classes)."""
         x = self.stem(x)  # (B, width, H, W), above 64 pixels (B, width, H/4, W/4)
         x = run_blocks(self, x)  # (B, 8 width, H/8, W/8), above 64 pixels (B, 8 width, H/32, W/32)
-        logits = self.head(x.mean((2, 3)))  # (B, classes)
+        x = F.dropout(x.mean((2, 3)), self.config.dropout, self.training)  # (B, 8 width)
+        logits = self.head(x)  # (B, classes)
         return logits if targets is None else cross_entropy(logits, targets)
 
 

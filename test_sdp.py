@@ -777,7 +777,8 @@ def test_bfloat16_learns_like_float32(in_processes, mode):
 
 
 def losses_with_drop_path():
-    engine = make_engine("backward", "block", 4, config=dataclasses.replace(SMALL, drop_path=0.5))
+    config = dataclasses.replace(SMALL, drop_path=0.5, dropout=0.1)
+    engine = make_engine("backward", "block", 4, config=config)
     args = Namespace(micro_batches=1, grad_clip=0.0, workers=4, seed=0)
     batches = [{worker: batch(step, worker) for worker in engine.workers} for step in range(2)]
     return [train.update(engine, of, args, step, 1e-2)[:2] for step, of in enumerate(batches)]

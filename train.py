@@ -37,7 +37,7 @@ from support.launch import at_least, whole_numbers
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
-OF_TRAINING = ("drop_path", "checkpoint_activations")  # likewise, but not of the model's shape
+OF_TRAINING = ("drop_path", "dropout", "checkpoint_activations")  # likewise, but not of the model's shape
 OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --resume may not change
 
 FLAGS = (  # name, type or choices, default, meaning
@@ -62,9 +62,10 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--norm", ("batch", "group"), None, "of a ResNet (default: batch)"),
     ("--context", at_least(1), None, "tokens of a sequence (default: 128; of fineweb 1024)"),
     ("--drop-path", at_least(0, float), 0.0, "stochastic depth: chance of a row to skip a branch"),
+    ("--dropout", at_least(0, float), 0.0, "chance of a number to be 0, in the places of nanoGPT"),
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
-    ("--data", KINDS, "python", "its library's .py files as bytes, or what scripts.prepare has made"),
-    ("--data-dir", str, None, "folder of the data (default: datasets, or a folder in it), or of .py files"),
+    ("--data", KINDS, "python", "its library's .py files as bytes; any text; or what scripts.prepare made"),
+    ("--data-dir", str, None, "folder (default: datasets, or a folder in it); of text also a single file"),
     ("--steps", at_least(1), None, "updates (default: 300)"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
     ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
@@ -133,6 +134,7 @@ def check_flags(args, saved):
         (args.finish and args.mask != "forward", "finish", "is for --mask forward"),
         (args.finish > 1, "finish", "must be at most 1, such as 0.3"),
         (args.drop_path >= 1, "drop_path", "must be below 1, such as 0.1"),
+        (args.dropout >= 1, "dropout", "must be below 1, such as 0.1"),
         (args.steps and args.epochs, "epochs", "not together with --steps; choose one"),
         (args.workers % processes, "workers", f"must be a multiple of the {processes} processes"),
         (by_machine and args.workers % args.machines, "machines", f"must divide the {args.workers} workers"),

@@ -5,19 +5,19 @@ import pytest
 import torch
 
 import data
-from data import Text, python_text
+from data import Text, load
 from support.testing import some_images, write_shard
 
 pytest_plugins = ["support.testing", "support.processes"]
 
 
 def test_data_text_depends_on_seed_and_step_alone():
-    text = python_text(context=16, tests=3)
+    text = load("python", context=16, tests=3)
     (train_tokens,), (held_out,) = text.train, text.held_out
     assert 5e6 < len(train_tokens) and 2e5 < len(held_out) < 0.2 * len(train_tokens)
     x, y = text.batch(seed=1, step=2, size=8)
     assert x.shape == y.shape == (8, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    assert torch.equal(x, python_text(context=16).batch(1, 2, 8)[0])
+    assert torch.equal(x, load("python", context=16).batch(1, 2, 8)[0])
     assert torch.equal(x[2:4], text.batch(1, 2, 8, slice(2, 4))[0])
     assert not torch.equal(x, text.batch(1, 3, 8)[0]) and not torch.equal(x, text.batch(2, 2, 8)[0])
     last = Text([np.arange(17, dtype=np.uint8)], [np.arange(17, dtype=np.uint8)], 256, context=16, tests=3)
@@ -32,13 +32,23 @@ def test_data_split_does_not_depend_on_where_the_folder_lies(tmp_path):
             (here / f"pack{number % 3}" / f"{number}.py").write_text(f"print({number})")
         (here / "tests").mkdir()
         (here / "tests" / "left_out.py").write_text("never read")
-    a, b = (python_text(tmp_path / name, context=8) for name in "ab")
+    a, b = (load("python", tmp_path / name, context=8) for name in "ab")
     assert a.fingerprint() == b.fingerprint() and len(a.held_out[0]) > 0
     assert b"never read" not in a.train[0].tobytes() + a.held_out[0].tobytes()
+    (tmp_path / "a" / "notes.txt").write_text("any text")
+    a, text = load("python", tmp_path / "a", context=8), load("text", tmp_path / "a", context=8)
+    assert a.fingerprint() == b.fingerprint()
+    assert b"any text" in text.train[0].tobytes() + text.held_out[0].tobytes()
+
+
+def test_data_text_of_one_file_holds_out_its_last_tenth(tmp_path):
+    (tmp_path / "play.txt").write_bytes(bytes(range(200)))
+    text = load("text", tmp_path / "play.txt", context=8)
+    assert [part.tolist() for part in text.train + text.held_out] == [list(range(180)), list(range(180, 200))]
 
 
 def test_data_windows_lie_in_one_shard(shards):
-    text = data.load("fineweb", shards, context=99)
+    text = load("fineweb", shards, context=99)
     assert text.shape == {"vocabulary": 50304, "context": 99} and text.epoch_size == 1500 // 99
     assert all(isinstance(tokens, np.memmap) for tokens in text.train)
     read = [np.fromfile(path, "<u2")[512:] for path in sorted(shards.glob("*train*"))]
@@ -47,9 +57,9 @@ def test_data_windows_lie_in_one_shard(shards):
     assert {row.tobytes() for row in x.numpy().astype("<u2")} == possible  # all of 901 + 401, and no others
     assert torch.equal(x[:, 1:], y[:, :-1])
     checksum = text.fingerprint()
-    assert data.load("fineweb", shards, context=99).fingerprint() == checksum
+    assert load("fineweb", shards, context=99).fingerprint() == checksum
     write_shard(shards / "fineweb_train_000002.bin", [1] * 500)
-    assert data.load("fineweb", shards, context=99).fingerprint() != checksum
+    assert load("fineweb", shards, context=99).fingerprint() != checksum
 
 
 @pytest.mark.parametrize("crop", [data.shifted, data.resized])

@@ -101,6 +101,7 @@ BAD = [  # flags, what the one line must say
     ("--context 10000000", ("--context 10000000", "below")),
     ("--model vit --context 64 --data-dir SMALL", ("--context 64", "not for --model vit")),
     ("--drop-path 1", ("--drop-path 1", "below 1")),
+    ("--dropout 1", ("--dropout 1", "below 1")),
     ("--data novels", ("--data", "python")),
     ("--model vit --data python", ("--data python", "--model vit")),
     ("--data cifar10 --data-dir SMALL", ("--data cifar10", "--model gpt")),

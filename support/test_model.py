@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import model as models
 from masks import UserError
@@ -169,6 +170,29 @@ def test_drop_path_skips_rows_of_branches():
     hook.remove()
     assert set(seen[0].tolist()) == {0, 1 / 0.75} and 200 < (seen[0] == 0).sum() < 300  # 250 on average
     torch.testing.assert_close(dense.eval()(x), dense_model()(x))
+
+
+@pytest.mark.parametrize("config, places", [(SMALL, 1 + 3 * SMALL.layers), (SMALL_RESNET, 1)])
+def test_dropout_is_where_nanogpt_has_it(config, places, monkeypatch):
+    """Of the embedding, attention's weights and the sums of branches; of a ResNet what the head gets."""
+    x, y = batch(0, config=config)
+    expected, dense = dense_model(config).eval()(x, y), dense_model(dataclasses.replace(config, dropout=0.3))
+    torch.testing.assert_close(dense.eval()(x, y), expected)
+    asked, attend = [], F.scaled_dot_product_attention
+
+    def drop(x, p, training, inplace=False):
+        asked.append(p * training)
+        return x
+
+    def attend_without(q, k, v, dropout_p, is_causal):
+        asked.append(dropout_p)
+        return attend(q, k, v, is_causal=is_causal)
+
+    assert dense.train()(x, y) != dense(x, y)
+    monkeypatch.setattr(F, "dropout", drop)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_without)
+    dense(x, y)
+    assert asked == [0.3] * places
 
 
 def statistics_of_everything(number):
