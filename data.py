@@ -117,7 +117,8 @@ def read_bytes(path, context=128, tests=1, ending=""):
     else:
         train, held_out = read_folder(path, ending)
     if not len(train) or not len(held_out):
-        raise UserError(f"--data-dir {path}: needs dozens of {ending} files; or --data text a single file")
+        needed = f"a folder with dozens of {ending} files" if ending else "a file, or a folder with dozens"
+        raise UserError(f"--data-dir {path}: must be {needed}")
     return Text([train], [held_out], 256, context, tests)
 
 

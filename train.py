@@ -284,6 +284,7 @@ def train(plan, engine, store, caught, log, before_step=None):
         coming = loader.submit(load_batches, data, engine, args, first_step)
         for step in bar:
             store.set(launch.HEARTBEAT.format(engine.rank), str(step))
+            batches = coming.result()  # before the workers change, whom the loader asks for
             if plan.setting(step) != (mask_number, mode):
                 mask_number, mode = plan.setting(step)
                 if mode != phase.mode:
@@ -291,7 +292,6 @@ def train(plan, engine, store, caught, log, before_step=None):
                 engine.change(plan.draw_mask(mask_number), mode)
                 if mode != phase.mode:
                     phase = costs.Phase(plan, engine, mode)
-            batches = coming.result()
             coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps))
             more = before_step(step, engine, batches) if before_step else {}
             began, lr = time.perf_counter(), learning_rate(step, args)

@@ -106,6 +106,7 @@ BAD = [  # flags, what the one line must say
     ("--model vit --data python", ("--data python", "--model vit")),
     ("--data cifar10 --data-dir SMALL", ("--data cifar10", "--model gpt")),
     ("--data-dir /nowhere", ("--data-dir /nowhere", ".py files")),
+    ("--data text", ("--data-dir", "must be a file, or a folder with dozens")),
     ("--data cifar10 --data-dir /nowhere", ("/nowhere", "python -m scripts.prepare cifar10")),
     ("--data fineweb --data-dir /nowhere", ("/nowhere", "python -m scripts.prepare fineweb")),
     ("--model resnet18 --data imagenet --data-dir /nowhere", ("/nowhere", "scripts.prepare imagenet")),

@@ -1,9 +1,12 @@
 """train.py on images, with shared blocks, alone and with changed ideas; its schedule and its optimizers."""
 
+import time
+
 import pytest
 import torch
 
 import train
+from data import load_batches
 from masks import assign
 from model import ResNetConfig, build
 from sdp import SDP
@@ -57,16 +60,27 @@ def test_train_alone(alone, capsys, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-10)
 
 
-def test_train_with_changed_ideas(alone, tmp_path):
+def test_train_with_changed_ideas(alone, tmp_path, monkeypatch):
     """main takes another way to assign, another engine, and a function to be called before each step. Each
-    mask is dealt once."""
-    numbers, steps, clips = [], [], []
+    mask is dealt once, and no batch is loaded while workers change."""
+    numbers, steps, clips, loading = [], [], [], []
+
+    def load_slowly(data, engine, args, step):
+        loading.append(step)
+        time.sleep(0.05)
+        batches = load_batches(data, engine, args, step)
+        loading.clear()
+        return batches
 
     def assign_and_note(units, workers, holders, seed, mask_number):
         numbers.append(mask_number)
         return assign(units, workers, holders, seed, mask_number)
 
     class Noting(SDP):
+        def change(self, mask, mode):
+            assert not loading
+            super().change(mask, mode)
+
         def step(self, lr, clip=0.0, *more):
             clips.append(clip)
             return super().step(lr, clip, *more)
@@ -75,6 +89,7 @@ def test_train_with_changed_ideas(alone, tmp_path):
         steps.append((step, sorted(batches), type(engine)))
         return {"noted": step}
 
+    monkeypatch.setattr(train, "load_batches", load_slowly)
     flags = [*TINY, "--steps", "5", "--resample", "2", "--out", str(tmp_path)]
     train.main(flags, assign=assign_and_note, engine=Noting, before_step=before_step)
     assert numbers == [0, 1, 2] and clips == [1.0] * 5
