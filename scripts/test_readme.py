@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from importlib.util import find_spec
 
 import torch
 
@@ -24,6 +25,8 @@ def commands():
 
 def can_run(command):
     """FSDP on a CPU, in the benchmark, needs a newer torch than the oldest that does for the rest."""
+    if "scripts.plot" in command:
+        return find_spec("matplotlib") is not None
     return "scripts.bench" not in command or hasattr(torch.cpu.Stream, "record_event")
 
 

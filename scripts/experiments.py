@@ -1,0 +1,232 @@
+"""Run the arms of an experiment, and print its table: python -m scripts.experiments repeated --jobs 2
+
+An arm is tuned first: in each of its rounds, flags are tried on top of the best so far, with one seed and one
+text to validate. The best of all then runs with three seeds, and has another text to validate, by which
+nothing was chosen. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import load
+from masks import UserError
+from scripts.export import load_model
+from support.launch import at_least, make_parser
+
+TUNING_SEED, SEEDS = 100, (0, 1, 2)  # of the runs that choose flags, and of those that are reported
+TRAIN = Path(__file__).parents[1] / "train.py"
+OF_CURVE = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # keys of log.jsonl
+OF_MEMORY = ("weight_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes")  # and of summary.json
+
+
+class Arm(NamedTuple):
+    flags: str
+    rounds: tuple  # of tuning: in each, one of several flags may be added
+    members: int = 1  # models that are trained apart, and whose predictions are averaged
+
+
+class Experiment(NamedTuple):
+    files: str  # a folder of Python's standard library, whose .py files are learnt
+    flags: str  # of all arms
+    arms: dict  # {name: Arm}; costs are in parts of those of "dense"
+
+
+DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside the default, 0.1
+RATE = ("--lr 6e-3",)  # beside the default, 3e-3
+DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
+MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
+SMALL = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
+ALONE = "--workers 1 --batch-size 2 --eval-batches 80"  # a model with the rows of one worker
+EXPERIMENTS = {
+    "repeated": Experiment(
+        files="lib2to3/fixes",
+        flags=f"{SMALL} --steps 3000 --eval-every 150 --eval-batches 20",
+        arms={
+            "dense": Arm("--mask none", DENSE),
+            "small dense": Arm("--mask none --layers 3", DENSE),
+            "4 small dense": Arm(f"--mask none --layers 3 {ALONE}", DENSE, members=4),
+            "forward, neurons": Arm("--mask forward --units neuron --resample 10", MASKED),
+            "forward, blocks": Arm("--mask forward --resample 10", MASKED),
+        },
+    ),
+}
+FLAGS = (
+    ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
+    ("--table", bool, False, "only print the table of what is there"),
+)
+
+
+def write_texts(folder, files):
+    """Write tune.txt and report.txt: the same nine parts of bytes to train on, then another part each, which
+    --data text holds out. Raises UserError where the standard library has no such files."""
+    root = Path(sysconfig.get_paths()["stdlib"], files)
+    paths = sorted(root.rglob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    if not paths:
+        raise UserError(f"{root}: is not in this version of Python; use 3.11 or 3.12")
+    text = b"\n".join(path.read_bytes() for path in paths)
+    part = len(text) // 11
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tune.txt").write_bytes(text[: 10 * part])
+    (folder / "report.txt").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
+
+
+def file_name(*words):
+    return "-".join(" ".join(words).replace("--", "").replace(",", "").split())
+
+
+def find(experiment, arm, flags, seed, train_missing):
+    """The result of a run, a dictionary. One that is not there is trained; or it is None."""
+    run = file_name(arm, flags, str(seed))
+    path, out = Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
+    if train_missing and not path.exists():
+        text = "tune.txt" if seed == TUNING_SEED else "report.txt"
+        flags = f"{EXPERIMENTS[experiment].flags} {EXPERIMENTS[experiment].arms[arm].flags} {flags}".split()
+        flags += f"--seed {seed} --data text --data-dir datasets/{experiment}/{text}".split()
+        train(flags, out)
+        result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": flags}
+        write(path, result | {"versions": versions()} | read_out(out))
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(path, result):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def train(flags, out):
+    """Run train.py with one thread. Raises UserError where it fails."""
+    command = [sys.executable, str(TRAIN), *flags, "--out", str(out), "--overwrite"]
+    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"train.py {' '.join(flags)}: has failed: {run.stderr[-500:]}")
+
+
+def versions():
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=TRAIN.parent
+    )
+    found = {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    return found | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def read_out(out):
+    """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step."""
+    summary = json.loads((out / "summary.json").read_text())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    curve = [{key: entry[key] for key in OF_CURVE} for entry in log if "val_loss" in entry]
+    costs = {k: float(np.mean([row[k] for row in summary["per_worker"]])) for k in (*OF_MEMORY, "flops")}
+    return {"curve": curve, "costs": costs, "memory_bytes": sum(costs[key] for key in OF_MEMORY)}
+
+
+def lowest(result):
+    """(where the curve of a run is lowest, how low): an index, and nats per byte."""
+    losses = [entry["val_loss"] or math.inf for entry in result["curve"]]
+    return int(np.argmin(losses)), min(losses)
+
+
+def tune(experiment, arm, train_missing):
+    """(the best flags, their result, how many were tried); where a run is not there, its result is None."""
+    flags, tried = "", 1
+    best = find(experiment, arm, flags, TUNING_SEED, train_missing)
+    for options in EXPERIMENTS[experiment].arms[arm].rounds:
+        candidates = [f"{flags} {option}".strip() for option in options]
+        results = [find(experiment, arm, candidate, TUNING_SEED, train_missing) for candidate in candidates]
+        if None in (best, *results):
+            return flags, None, tried
+        tried += len(results)
+        losses = [lowest(result)[1] for result in results]
+        if min(losses) < lowest(best)[1]:
+            flags, best = candidates[int(np.argmin(losses))], results[int(np.argmin(losses))]
+    return flags, best, tried
+
+
+def run_arm(experiment, arm):
+    """Tune an arm, and run what is best with each seed."""
+    flags, _, _ = tune(experiment, arm, train_missing=True)
+    members = EXPERIMENTS[experiment].arms[arm].members
+    for seed in SEEDS:
+        numbers = range(seed * members, (seed + 1) * members)
+        results = [find(experiment, arm, flags, number, train_missing=True) for number in numbers]
+        path = Path("results", experiment, f"{file_name('average', arm, flags, str(seed))}.json")
+        if members > 1 and not path.exists():
+            outs = [Path("runs", experiment, file_name(arm, flags, str(number))) for number in numbers]
+            curve = [results[0]["curve"][-1] | {"val_loss": averaged_loss(outs), "val_accuracy": None}]
+            write(path, results[0] | {"arm": f"average of {arm}", "seed": seed, "curve": curve})
+
+
+@torch.no_grad()
+def averaged_loss(outs):
+    """The validation loss, in nats per byte, of the mean of what the models of several runs predict."""
+    flags = json.loads((outs[0] / "summary.json").read_text())["config"]
+    tests = flags["eval_batches"] * flags["batch_size"]
+    x, y = load(flags["data"], flags["data_dir"], flags["context"], tests).validation()
+    logs = torch.stack(
+        [load_model(out / "ckpt.pt")(x).log_softmax(-1) for out in outs]
+    )  # (models, B, T, 256)
+    mean = logs.logsumexp(0) - math.log(len(outs))  # (B, T, 256), of probabilities
+    return torch.nn.functional.nll_loss(mean.flatten(0, 1), y.flatten()).item()
+
+
+def spread(numbers):
+    """The mean, and the lowest and highest, as text."""
+    return f"{np.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
+
+
+def row(experiment, arm):
+    """The row of an arm in the table; of dashes as long as runs are missing."""
+    flags, best, tried = tune(experiment, arm, train_missing=False)
+    kind = EXPERIMENTS[experiment].arms[arm]
+    name = file_name("average", arm) if kind.members > 1 else arm
+    results = [find(experiment, name, flags, seed, train_missing=False) for seed in SEEDS]
+    dense = find(experiment, "dense", "", TUNING_SEED, train_missing=False)
+    if None in (best, dense, *results):
+        return f"| {arm} | - | - | - | - | - | - |"
+    chosen, tuned = lowest(best)
+    curves = [[entry["val_loss"] for entry in result["curve"]] for result in results]
+    costs = [
+        f"{best['costs'][k] / dense['costs'][k]:.2f}" for k in ("weight_bytes", "activation_bytes", "flops")
+    ]
+    cells = [arm, f"`{kind.flags} {flags}`", " / ".join(costs), f"{tried}", f"{tuned:.3f}"]
+    cells.append(spread([curve[min(chosen, len(curve) - 1)] for curve in curves]))
+    cells.append(spread([curve[-1] for curve in curves]))
+    return f"| {' | '.join(cells)} |"
+
+
+def table(experiment):
+    """What results/README.md shows, in Markdown. Losses are in nats per byte."""
+    titles = "arm | flags | weights / activations / FLOPs of a worker | runs of tuning | its lowest loss"
+    lines = [
+        f"| {titles} | loss at its step, 3 seeds | loss at the end, 3 seeds |",
+        "|---|---|" + "---:|" * 5,
+    ]
+    return "\n".join([*lines, *(row(experiment, arm) for arm in EXPERIMENTS[experiment].arms)])
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, FLAGS)
+    parser.add_argument("name", choices=tuple(EXPERIMENTS), help="of the experiment")
+    args = parser.parse_args(argv)
+    try:
+        if not args.table:
+            write_texts(Path("datasets", args.name), EXPERIMENTS[args.name].files)
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda arm: run_arm(args.name, arm), EXPERIMENTS[args.name].arms))
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    print(table(args.name))
+
+
+if __name__ == "__main__":
+    main()

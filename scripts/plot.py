@@ -1,0 +1,110 @@
+"""Draw loss against costs, or step times between machines, as SVG: python -m scripts.plot PATH..."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from masks import UserError
+from scripts.experiments import read_out
+from support.launch import make_parser
+
+FLAGS = (("--machines", bool, False, "step times of scripts.wire"), ("--out", str, "loss.svg", "figure"))
+COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
+COSTS |= {"sent_bytes": (1e9, "GB sent (one process: none)"), "memory_bytes": (1e6, "MB of a worker")}
+WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
+ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
+ENGINES |= {mask + way: mask + WAYS[way] for mask in ("backward", "forward") for way in WAYS}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.xmargin": 0.12}
+STYLE |= {"lines.linewidth": 1, "lines.markersize": 3, "svg.fonttype": "none", "svg.hashsalt": "plot"}
+
+
+def read_run(path):
+    """((arm, steps), seed or None in tuning, [validations, (val_loss, *COSTS)]); 0 is left out: None."""
+    run = json.loads(path.read_text())
+    if path.name == "summary.json":  # of train.py; other files are of scripts.experiments
+        run = {"arm": path.resolve().parent.name, "seed": run["config"]["seed"]} | read_out(path.parent)
+    curve, seed = run["curve"], None if run.get("tuning") else run["seed"]
+    curve[-1]["memory_bytes"] = run["memory_bytes"]  # only the last loss is drawn beside it
+    numbers = [[entry.get(key) or None for key in ("val_loss", *COSTS)] for entry in curve]
+    return (run["arm"], tuple(entry["step"] for entry in curve)), seed, numbers
+
+
+def read_times(path):
+    """((Mbit/s, machines), seed, [step time of each of ENGINES, in parts of DDP's]), of scripts.wire."""
+    flags, arms = (json.loads(path.read_text())[key] for key in ("flags", "arms"))
+    machines = f"{flags['machines']} machines of {flags['processes']} workers"
+    return (flags["mbit"], machines), flags["seed"], [arms[each]["step_ms_vs_ddp"] for each in ENGINES]
+
+
+def read_all(paths, read):
+    """{group: numbers [seeds, ...]}; read(path) gives the group, seed and numbers of a run."""
+    groups = {}
+    for file in [file for path in paths for file in sorted(path.glob("*.json")) or [path]]:
+        try:
+            group, seed, numbers = read(file)
+        except (ValueError, LookupError, TypeError, IsADirectoryError) as error:
+            raise UserError(f"{file}: is no run of this kind, or has no validations") from error
+        if seed in groups.get(group, {}):
+            raise UserError(f"{file}: repeats another run, with the same seed {seed}")
+        if seed is not None:
+            groups.setdefault(group, {})[seed] = numbers
+    if not groups:
+        raise UserError(f"{paths[0]}: has only runs of tuning")
+    return {group: np.array(list(runs.values()), dtype=float) for group, runs in groups.items()}
+
+
+def draw_loss(figure, arms):
+    """Validation loss against each cost: the mean of the seeds, in a band from lowest to highest."""
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for number, ((arm, _), runs) in enumerate(arms.items()):  # runs: [seeds, validations, columns]
+        (mean, *costs), low, high = runs.mean(0).T, runs[..., 0].min(0), runs[..., 0].max(0)
+        for axes, cost, (unit, title) in zip(panels, costs, COSTS.values()):
+            axes.plot(cost / unit, mean, "o-", color=f"C{number}", label=arm)
+            axes.fill_between(cost / unit, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+            axes.vlines(cost[-1] / unit, low[-1], high[-1], color=f"C{number}")
+            axes.set_xlabel(title)
+    panels[0].set_ylabel("val_loss, nats")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+
+
+def draw_times(figure, times):
+    """Step times, a panel a link: the median of the runs, with whiskers from lowest to highest."""
+    rates, sizes = (sorted(set(names)) for names in zip(*times))
+    panels = figure.subplots(1, len(rates), sharex=True, sharey=True, squeeze=False)[0]
+    height, shortest = 0.8 / len(sizes), []
+    for (rate, size), runs in sorted(times.items()):  # runs: [seeds, engines]
+        axes, color = panels[rates.index(rate)], ("#9ecae1", "#2171b5", "#08306b")[sizes.index(size) % 3]
+        link = f"{rate / 1000:g} Gbit/s" if rate >= 1000 else f"{rate or 'unlimited'} Mbit/s"
+        low, middle, high = runs.min(axis=0), np.median(runs, axis=0), runs.max(axis=0)
+        shortest.append((middle.min(), link, list(ENGINES.values())[middle.argmin()]))
+        y = np.arange(len(ENGINES)) + (sizes.index(size) + 0.5) * height - 0.4
+        bars = axes.barh(y, middle, height, xerr=[middle - low, high - middle], label=size, color=color)
+        axes.bar_label(bars, fmt="%.2f", padding=3, bbox={"color": "white", "pad": 0})
+        axes.axvline(1, color="0.5")
+        axes.set(title=f"{link} between machines", xlabel="step time / DDP's: median, lowest, highest")
+    axes.set(yticks=range(len(ENGINES)), yticklabels=ENGINES.values(), ylim=(len(ENGINES) - 0.5, -0.5))
+    axes.legend(loc="lower right", frameon=False)
+    figure.suptitle("A step takes as little as {:.2f} of DDP's time at {}: {}".format(*min(shortest)))
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, FLAGS)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or a folder of runs")
+    args = parser.parse_args(argv)
+    read, draw = (read_times, draw_times) if args.machines else (read_run, draw_loss)
+    try:
+        from matplotlib import figure, rcParams
+
+        rcParams.update(STYLE)
+        page = figure.Figure((9.3, 5.4) if args.machines else (12.5, 3.2), layout="constrained")
+        draw(page, read_all(args.paths, read))
+        page.savefig(args.out, format="svg", metadata={"Date": None})
+    except ImportError:
+        parser.error("needs matplotlib: pip install matplotlib")
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
