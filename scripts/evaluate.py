@@ -1,20 +1,65 @@
-"""Validate a whole model, by default as in training: python or torchrun -m scripts.evaluate ckpt.pt"""
+"""Validate a whole model, by default as in training: python or torchrun -m scripts.evaluate ckpt.pt
 
+With --coverage 0.25,0.5,1 it validates random parts of the model, ten of each coverage.
+"""
+
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from masks import UserError
+from scripts.cut import check_coverage, choose, cut, units_to_cut
 from scripts.export import load_model
-from support import checkpoint, evaluation, launch
+from support import checkpoint, launch
+from support.evaluation import IMAGES, TOGETHER, estimate_statistics, evaluate
 from train import FLAGS, load, make_config
+
+DRAWS = 10  # random parts of a coverage: those of the seeds from 0 on
+
+
+def coverages(text):
+    """An argparse type: coverages, such as 0.25,0.5,1. Raises UserError."""
+    return [check_coverage(number) for number in text.split(",")]
+
+
+def print_parts(model, units, coverage, data, args, device):
+    """Print a line about random parts of a whole model on the CPU. All processes take part. A part has
+    batch norm statistics of its own, from the same images as the whole model's."""
+    starts = range(dist.get_rank() * TOGETHER, IMAGES, dist.get_world_size() * TOGETHER)
+    draws, params = [], sum(p.numel() for p in model.parameters())
+    for seed in range(1 if coverage == 1 else DRAWS):  # coverage 1: always the whole model
+        part = cut(model, units, choose(units, coverage, seed)).to(device)
+        images = (data.calibration(args.seed, IMAGES, slice(i, i + TOGETHER), device) for i in starts)
+        estimate_statistics(part, images)
+        share = sum(p.numel() for p in part.parameters()) / params
+        draws.append((*evaluate(part, data, args.batch_size, device), share))
+    losses, accuracies, shares = np.transpose(draws)  # (draws) each
+    if dist.get_rank() == 0:
+        spread = f"lowest {losses.min():.4f}, highest {losses.max():.4f} of {len(draws)}"
+        line = f"coverage {coverage:g}: val_loss {losses.mean():.4f} nats per {data.item} ({spread})"
+        line += f", accuracy {accuracies.mean():.4f}, {shares.mean():.1%} of the parameters"
+        print(line, flush=True)
+
+
+def print_whole(model, data, args, device):
+    """Print a line about a whole model, with the batch norm statistics that it has."""
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
+    loss, accuracy = evaluate(model.to(device), data, args.batch_size, device)
+    if dist.get_rank() == 0:
+        print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
 
 
 def main(argv=None):
-    own = ("--data-dir", "--eval-batches", "--batch-size")  # all others are the checkpoint's
+    own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
+    flags.append(("--coverage", coverages, None, "validate random parts with these shares of the units"))
     parser = launch.make_parser(__doc__, flags)
     parser.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
     try:
-        saved = checkpoint.read_checkpoint(parser.parse_args(argv).checkpoint)
+        given = parser.parse_args(argv)
+        saved = checkpoint.read_checkpoint(given.checkpoint)
+        units = units_to_cut(given, saved)
         parser.set_defaults(**saved["flags"], **saved["progress"])
         args = parser.parse_args(argv)
         data = load(args.data, args.data_dir, args.context, args.eval_batches * args.batch_size)
@@ -25,11 +70,11 @@ def main(argv=None):
         parser.error(str(error))
     for parameter in model.parameters():
         parameter.data = parameter.to(getattr(torch, args.dtype))  # as in training
-    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
-    loss, accuracy = evaluation.evaluate(model.to(device), data.to(device), args.batch_size, device)
-    if torch.distributed.get_rank() == 0:
-        print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
+    data = data.to(device)
+    for coverage in given.coverage or ():
+        print_parts(model, units, coverage, data, args, device)
+    if not given.coverage:
+        print_whole(model, data, args, device)
     launch.shut_down()
 
 

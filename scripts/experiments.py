@@ -1,8 +1,8 @@
 """Run the arms of an experiment, and print its table: python -m scripts.experiments repeated --jobs 2
 
 An arm is tuned first: in each of its rounds, flags are tried on top of the best so far, with one seed and one
-text to validate. The best of all then runs with three seeds, and has another text to validate, by which
-nothing was chosen. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
+set to validate. The best of all then runs with three seeds, and has another set to validate, by which nothing
+was chosen. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import load
+from data import LEFT_OUT, load
 from masks import UserError
 from scripts.export import load_model
 from support.launch import at_least, make_parser
@@ -38,7 +38,8 @@ class Arm(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    files: str  # a folder of Python's standard library, whose .py files are learnt
+    data: str  # text or cifar10, as of --data
+    source: str  # of text a folder of Python's standard library, of images where scripts.prepare left them
     flags: str  # of all arms
     arms: dict  # {name: Arm}; costs are in parts of those of "dense"
 
@@ -47,20 +48,19 @@ DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside
 RATE = ("--lr 6e-3",)  # beside the default, 3e-3
 DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
 MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
-SMALL = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
 ALONE = "--workers 1 --batch-size 2 --eval-batches 80"  # a model with the rows of one worker
+GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
+GPT += " --steps 3000 --eval-every 150 --eval-batches 20"
+ARMS = {
+    "dense": Arm("--mask none", DENSE),
+    "small dense": Arm("--mask none --layers 3", DENSE),
+    "4 small dense": Arm(f"--mask none --layers 3 {ALONE}", DENSE, members=4),
+    "forward, neurons": Arm("--mask forward --units neuron --resample 10", MASKED),
+    "forward, blocks": Arm("--mask forward --resample 10", MASKED),
+}
 EXPERIMENTS = {
-    "repeated": Experiment(
-        files="lib2to3/fixes",
-        flags=f"{SMALL} --steps 3000 --eval-every 150 --eval-batches 20",
-        arms={
-            "dense": Arm("--mask none", DENSE),
-            "small dense": Arm("--mask none --layers 3", DENSE),
-            "4 small dense": Arm(f"--mask none --layers 3 {ALONE}", DENSE, members=4),
-            "forward, neurons": Arm("--mask forward --units neuron --resample 10", MASKED),
-            "forward, blocks": Arm("--mask forward --resample 10", MASKED),
-        },
-    ),
+    "repeated": Experiment("text", "lib2to3/fixes", GPT, ARMS),
+    "new": Experiment("text", "", GPT, ARMS),  # the whole standard library: a third of an epoch
 }
 FLAGS = (
     ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
@@ -68,18 +68,19 @@ FLAGS = (
 )
 
 
-def write_texts(folder, files):
-    """Write tune.txt and report.txt: the same nine parts of bytes to train on, then another part each, which
-    --data text holds out. Raises UserError where the standard library has no such files."""
-    root = Path(sysconfig.get_paths()["stdlib"], files)
-    paths = sorted(root.rglob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest())
+def write_texts(folder, source):
+    """Write tune and report, files for --data text: the same nine parts of bytes to train on, then another
+    part each, which is held out. Raises UserError where the standard library has no such files."""
+    root = Path(sysconfig.get_paths()["stdlib"], source)
+    paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
         raise UserError(f"{root}: is not in this version of Python; use 3.11 or 3.12")
+    paths.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
     text = b"\n".join(path.read_bytes() for path in paths)
     part = len(text) // 11
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tune.txt").write_bytes(text[: 10 * part])
-    (folder / "report.txt").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
+    (folder / "tune").write_bytes(text[: 10 * part])
+    (folder / "report").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
 
 
 def file_name(*words):
@@ -91,9 +92,10 @@ def find(experiment, arm, flags, seed, train_missing):
     run = file_name(arm, flags, str(seed))
     path, out = Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
     if train_missing and not path.exists():
-        text = "tune.txt" if seed == TUNING_SEED else "report.txt"
-        flags = f"{EXPERIMENTS[experiment].flags} {EXPERIMENTS[experiment].arms[arm].flags} {flags}".split()
-        flags += f"--seed {seed} --data text --data-dir datasets/{experiment}/{text}".split()
+        data, _, common, arms = EXPERIMENTS[experiment]
+        part = "tune" if seed == TUNING_SEED else "report"
+        flags = f"{common} {arms[arm].flags} {flags} --seed {seed}".split()
+        flags += f"--data {data} --data-dir datasets/{experiment}/{part}".split()
         train(flags, out)
         result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": flags}
         write(path, result | {"versions": versions()} | read_out(out))
@@ -220,7 +222,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if not args.table:
-            write_texts(Path("datasets", args.name), EXPERIMENTS[args.name].files)
+            write_texts(Path("datasets", args.name), EXPERIMENTS[args.name].source)
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda arm: run_arm(args.name, arm), EXPERIMENTS[args.name].arms))
     except (UserError, OSError) as error:

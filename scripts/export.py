@@ -2,6 +2,8 @@
 
 python -m scripts.export runs/a/ckpt.pt weights.pt      # a state dict, as model.build(config) loads it
 python -m scripts.export runs/a/ckpt.pt folder --hf     # of a GPT: for transformers' LlamaForCausalLM
+
+With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama.
 """
 
 import json
@@ -11,10 +13,12 @@ from pathlib import Path
 import torch
 
 from masks import UserError
-from model import GPTConfig, build
+from model import BatchNorm, GPTConfig, build
+from scripts.cut import check_coverage, choose, cut, units_to_cut
 from support import checkpoint
 from support.checkpoint import save_file
-from support.launch import Parser
+from support.launch import at_least, make_parser
+from train import FLAGS
 
 
 def load_model(path):
@@ -26,45 +30,81 @@ def load_model(path):
     return model.eval().requires_grad_(False)
 
 
-def write_llama(model, path):
-    """Write a folder, whole or not at all. Raises OSError, or RuntimeError from torch's writer."""
+def read(args):
+    """The model that the flags ask for: the whole one, or a part of it. Raises UserError."""
+    units = units_to_cut(args, checkpoint.read_checkpoint(args.checkpoint))
+    model = load_model(args.checkpoint)
+    if units:
+        model = cut(model, units, choose(units, args.coverage, args.seed))
+    if units and any(isinstance(module, BatchNorm) for module in model.modules()):
+        why = "the batch norms of a cut ResNet need statistics from data"
+        raise UserError(f"--coverage: {why}; export a whole one, or one trained with --norm group")
+    if args.hf and not isinstance(model.config, GPTConfig):
+        raise UserError("--hf: is for a GPT, and the checkpoint is of another model")
+    return model
+
+
+def describe_llama(model):
+    """transformers' config.json, a dictionary. Raises UserError where a Llama cannot have this shape."""
+    config, blocks = model.config, list(model.blocks.values())
+    if len({(block.attention.q.shape, block.mlp.up.shape) for block in blocks}) > 1:
+        raise UserError("--keep: all layers of a Llama have the same shape; use --keep none with --hf")
+    head_width = blocks[0].attention.head_width
+    heads, hidden = len(blocks[0].attention.q) // head_width, len(blocks[0].mlp.up)
+    if config.width % heads:  # transformers 5 refuses it, also with a head_dim
+        raise UserError(f"--coverage: leaves {heads} heads, which do not divide --width; try another")
     about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-    about |= {"hidden_size": model.config.width, "intermediate_size": model.config.hidden}
-    about |= {"num_hidden_layers": model.config.layers, "num_attention_heads": model.config.heads}
-    about |= {"vocab_size": model.config.vocabulary, "max_position_embeddings": model.config.context}
+    about |= {"hidden_size": config.width, "intermediate_size": hidden, "head_dim": head_width}
+    about |= {"num_hidden_layers": len(blocks), "num_attention_heads": heads}
+    about |= {"vocab_size": config.vocabulary, "max_position_embeddings": config.context}
     about |= {"bos_token_id": None, "eos_token_id": None, "torch_dtype": "float32", "rms_norm_eps": 1e-5}
+    return about
+
+
+def llama_weights(model):
+    """{name in transformers: tensor}. The scale of a branch with absent units goes into its weights."""
     state = {"model.embed_tokens.weight": model.embedding.weight}
     state |= {"model.norm.weight": model.head.norm.weight, "lm_head.weight": model.head.weight}
-    for number, block in model.blocks.items():
+    for number, block in enumerate(model.blocks.values()):  # without gaps, where blocks are absent
         layer = f"model.layers.{number}"
         state[f"{layer}.input_layernorm.weight"] = block.norm1.weight
         state[f"{layer}.post_attention_layernorm.weight"] = block.norm2.weight
-        for name, module in (("self_attn", block.attention), ("mlp", block.mlp)):
-            for key, weight in module.named_parameters():
-                state[f"{layer}.{name}.{key}_proj.weight"] = weight.T if key in ("o", "down") else weight
+        for name, branch in (("self_attn", block.attention), ("mlp", block.mlp)):
+            for key, weight in branch.named_parameters():
+                weight = weight.T * branch.scale if key in ("o", "down") else weight
+                state[f"{layer}.{name}.{key}_proj.weight"] = weight
+    return {name: weight.detach().contiguous() for name, weight in state.items()}
+
+
+def write_llama(model, path):
+    """Write a folder, whole or not at all. Raises UserError, OSError, or torch's writer RuntimeError."""
+    about = describe_llama(model)
     with tempfile.TemporaryDirectory(dir=path.parent) as part:
         folder = Path(part, "llama")
         folder.mkdir()
-        save_file({n: w.detach().contiguous() for n, w in state.items()}, folder / "pytorch_model.bin")
+        save_file(llama_weights(model), folder / "pytorch_model.bin")
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         folder.rename(path)
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("model", type=load_model, metavar="checkpoint", help="ckpt.pt of train.py")
+    own = ("--units", "--keep")
+    flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
+    flags.append(("--coverage", check_coverage, None, "write a random part, this share C of the units"))
+    flags.append(("--seed", at_least(0), 0, "of the random part"))
+    flags.append(("--hf", bool, False, "of a GPT: for transformers' LlamaForCausalLM"))
+    parser = make_parser(__doc__.splitlines()[0], flags)
+    parser.add_argument("checkpoint", help="ckpt.pt of train.py")
     parser.add_argument("file", type=Path, help="to be written; with --hf, the folder to be made")
-    parser.add_argument("--hf", action="store_true", help="of a GPT: for transformers' LlamaForCausalLM")
     try:
         args = parser.parse_args(argv)
-        if args.hf and not isinstance(args.model.config, GPTConfig):
-            raise UserError("--hf: is for a GPT, and the checkpoint is of another model")
+        model = read(args)
         if args.file.exists():
             raise UserError(f"{args.file}: is there already; choose another name")
         if args.hf:
-            write_llama(args.model, args.file)
+            write_llama(model, args.file)
         else:
-            save_file(args.model.state_dict(), args.file)
+            save_file(model.state_dict(), args.file)
     except UserError as error:
         parser.error(str(error))
     except (OSError, RuntimeError) as error:

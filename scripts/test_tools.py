@@ -1,6 +1,11 @@
 """The commands that use a checkpoint, and those that look at masks and costs before training."""
 
+import dataclasses
+import functools
 import importlib
+import importlib.util
+import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -12,11 +17,13 @@ import torch.nn.functional as F
 import train
 from data import load
 from masks import Unit, UserError, assign, spectral_gap
-from model import CONFIGS, build
+from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetConfig, build, units_of
 from scripts import sample, sweep
+from scripts.cut import choose, cut
 from scripts.export import load_model
 from support.processes import TINY, read_log, read_summary, slow
 from support.testing import write_images
+from test_sdp import SMALL, SMALL_RESNET, SMALL_VIT, batch, dense_model
 
 pytest_plugins = ["support.testing", "support.processes"]
 
@@ -56,13 +63,16 @@ def error(alone, capsys):
 # ---- the whole model of a checkpoint
 
 
-def loss_of_weights(path, summary):
-    """The validation loss of a plain state dict, by the dense model alone."""
+load_once = functools.cache(load)
+
+
+def loss_of_weights(path, summary, units=None):
+    """The validation loss of a plain state dict, by the dense model alone, or a part of it."""
     flags = summary["config"]
-    dense = build(CONFIGS[flags["model"]](**summary["model"])).eval()
+    dense = build(CONFIGS[flags["model"]](**summary["model"]), units).eval()
     dense.load_state_dict(torch.load(path, weights_only=True))
     tests = flags["eval_batches"] * flags["batch_size"]
-    x, y = load(flags["data"], flags["data_dir"], flags["context"], tests).validation()
+    x, y = load_once(flags["data"], flags["data_dir"], flags["context"], tests).validation()
     with torch.no_grad():
         return F.cross_entropy(dense(x).flatten(0, -2), y.flatten()).item()
 
@@ -93,16 +103,168 @@ def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifa
     assert "image" in error("evaluate", checkpoint, "--data-dir", tmp_path / "other")
     assert "is no GPT" in error("sample", checkpoint)
     assert "is for a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
+    line = said("evaluate", checkpoint, "--coverage", 1)  # with statistics estimated anew
+    assert f"coverage 1: val_loss {loss:.4f} nats per image" in line and "100.0%" in line
+    assert "--norm group" in error("export", checkpoint, tmp_path / "half", "--coverage", 0.5)
 
 
-def test_an_export_is_a_llama(tmp_path, trained):
-    transformers = pytest.importorskip("transformers")
-    run("export", trained / "ckpt.pt", tmp_path / "llama", "--hf")
-    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").double()
-    dense = load_model(trained / "ckpt.pt").double()
+# ---- parts of the whole model
+
+
+def leave_out(whole, layer, held):
+    """By hand, in the whole model: let a layer add only its units in `held`, bool [units]."""
+    module = whole.get_submodule(layer)
+    if isinstance(module, Block) and not held[0]:
+        module.register_forward_hook(lambda _, inputs, y: inputs[0])
+    if isinstance(module, ResidualBranch) and not held[0]:
+        module.register_forward_hook(lambda _, inputs, y: 0 * y)
+    if isinstance(module, Branch):
+        weight = {"Attention": "o", "MLP": "down", "Convolutions": "conv2"}[type(module).__name__]
+        weight = module.get_parameter(weight).data
+        weight[np.repeat(~held, len(weight) // len(held))] = 0
+        scale = 1 if isinstance(module, Convolutions) else len(held) / held.sum()
+        module.register_forward_hook(lambda _, inputs, y: y * scale)
+
+
+GROUP_NORM = ResNetConfig(width=8, norm="group", classes=5, image=16)
+DEEP = dataclasses.replace(SMALL, layers=12)  # blocks.1 and blocks.10 begin alike
+CUTS = [(SMALL, "neuron"), (DEEP, "block"), (SMALL_VIT, "neuron"), (GROUP_NORM, "neuron")]
+CUTS += [(SMALL_RESNET, "neuron"), (SMALL_RESNET, "block")]
+CUT_IDS = "gpt-neuron gpt-block vit-neuron group-norm-neuron batch-norm-neuron batch-norm-block".split()
+
+
+@pytest.mark.parametrize("config, kind", CUTS, ids=CUT_IDS)
+def test_a_part_computes_what_the_whole_does_without_the_other_units(config, kind):
+    torch.manual_seed(0)
+    whole = dense_model(config).eval()
+    for parameter in whole.parameters():  # also norms and biases
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    units = units_of(whole, kind)
+    held = choose(units, coverage=0.4, seed=1)
+    part = cut(whole, units, held)
+    x, _ = batch(0, config=config)
+    untouched = whole(x)
+    for layer in {unit.layer: None for unit in units}:
+        leave_out(whole, layer, held[[unit.layer == layer for unit in units]])
+    torch.testing.assert_close(part(x), whole(x))
+    assert not torch.allclose(part(x), untouched)
+    assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_a_random_share_of_each_kind():
+    units = [Unit("few", "few", cost=1)] * 5 + [Unit("many", "many", cost=1)] * 16
+    counts = {coverage: choose(units, coverage, seed=1) for coverage in (0.01, 0.3, 0.5, 1)}
+    counts = {coverage: (held[:5].sum(), held[5:].sum()) for coverage, held in counts.items()}
+    assert counts == {0.01: (1, 1), 0.3: (2, 5), 0.5: (3, 8), 1: (5, 16)}
+    draws = np.array([choose(units, 0.5, seed) for seed in range(40)])
+    assert draws.any(axis=0).all() and not draws.all(axis=0).any()
+    assert (draws[7] == choose(units, 0.5, seed=7)).all()
+    for coverage in (0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="--coverage .*: must be above 0 and at most 1"):
+            choose(units, coverage, seed=0)
+
+
+def test_parts_of_a_gpt_are_exported_and_evaluated(said, tmp_path, trained, ranks):
+    """Each by a model built for so many units; and all in one line, with mean, lowest and highest."""
+    path, summary = trained / "ckpt.pt", read_summary(trained)
+    units = {f"blocks.{i}.{branch}": n for i in range(2) for branch, n in (("attention", 2), ("mlp", 8))}
+    units = {layer: (number, 0) for layer, number in units.items()}  # halves of 4 heads and of 16 groups
+    losses, flags = [], ["--coverage", "0.5", "--units", "neuron"]
+    for seed in range(10):
+        run("export", path, tmp_path / f"{seed}", *flags, "--seed", seed)
+        losses.append(loss_of_weights(tmp_path / f"{seed}", summary, units))
+    params = sum(tensor.numel() for tensor in torch.load(tmp_path / "0", weights_only=True).values())
+    expected = [0.5, np.mean(losses), min(losses), max(losses)]
+    flags = [path, "--coverage", "0.5,1", "--units", "neuron"]
+    text = said("evaluate", *flags)
+    half, whole = text.splitlines()
+    *found, _, share = map(float, re.findall(r"\d+\.\d+", half))
+    assert found == pytest.approx(expected, abs=1e-4) and max(losses) > min(losses) + 1e-3
+    assert share == pytest.approx(100 * params / summary["params"], abs=0.06)
+    loss, accuracy = (f"{summary[f'final_val_{name}']:.4f}" for name in ("loss", "accuracy"))
+    spread = f"(lowest {loss}, highest {loss} of 1), accuracy {accuracy}, 100.0% of the parameters"
+    assert whole == f"coverage 1: val_loss {loss} nats per token {spread}"
+    assert ranks(2, "scripts.evaluate", *flags) == text
+
+
+@pytest.mark.parametrize(
+    "trained_with, flags, rows",
+    [
+        ({"mask": "forward", "units": "neuron", "keep": "0"}, [], [32, 16]),
+        ({"mask": "forward", "units": "neuron", "keep": "0"}, ["--keep", "none"], [16, 16]),
+        ({"mask": "forward", "units": "block", "keep": "none"}, [], [32]),
+        ({"mask": "none", "units": "block", "keep": "0"}, [], [16, 16]),
+    ],
+)
+def test_what_is_cut_follows_from_the_training(tmp_path, trained, trained_with, flags, rows):
+    """rows: of the queries of each layer that is left, of 32."""
+    saved = torch.load(trained / "ckpt.pt", weights_only=True)
+    saved["flags"] |= trained_with
+    torch.save(saved, tmp_path / "ckpt.pt")
+    run("export", tmp_path / "ckpt.pt", tmp_path / "half", "--coverage", "0.5", *flags)
+    weights = torch.load(tmp_path / "half", weights_only=True)
+    assert [len(weights[name]) for name in weights if name.endswith("attention.q")] == rows
+
+
+def llama_logits(folder, x):
+    """What transformers' LlamaForCausalLM computes of the files in a folder, here in float64."""
+    about = json.loads((folder / "config.json").read_text())
+    saved = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    weights = {name.removesuffix(".weight"): weight.double() for name, weight in saved.items()}
+    heads, size = about["num_attention_heads"], about["head_dim"]
+    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+
+    def norm(h, name):
+        return F.rms_norm(h, (about["hidden_size"],), weights.pop(name), about["rms_norm_eps"])
+
+    def project(h, name):
+        return F.linear(h, weights.pop(name))
+
+    def turn(q):  # as complex numbers
+        turned = torch.complex(*q.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    h = weights.pop("model.embed_tokens")[x]
+    for layer in (f"model.layers.{i}" for i in range(about["num_hidden_layers"])):
+        y = norm(h, f"{layer}.input_layernorm")
+        q, k, v = (project(y, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+        q, k, v = (part.unflatten(2, (heads, size)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        h = h + project(y.transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
+        y = norm(h, f"{layer}.post_attention_layernorm")
+        gate, up = (project(y, f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))
+        assert gate.shape[-1] == about["intermediate_size"]
+        h = h + project(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    logits = project(norm(h, "model.norm"), "lm_head")
+    assert not weights  # nothing is left over
+    return logits
+
+
+LLAMAS = {"whole": (1, "neuron", 4), "neuron": (0.6, "neuron", 2), "block": (0.5, "block", 4)}
+
+
+@pytest.mark.parametrize("coverage, kind, heads", LLAMAS.values(), ids=LLAMAS)
+def test_an_export_is_a_llama(tmp_path, trained, coverage, kind, heads):
+    flags = [] if coverage == 1 else ["--coverage", f"{coverage}", "--units", kind, "--seed", "2"]
+    run("export", trained / "ckpt.pt", tmp_path / "llama", "--hf", *flags)
+    dense = load_model(trained / "ckpt.pt")
+    units = units_of(dense, kind)
+    part = cut(dense, units, choose(units, coverage, seed=2)).double()
+    assert list(part.blocks) == (["1"] if kind == "block" else ["0", "1"])
+    assert json.loads((tmp_path / "llama" / "config.json").read_text())["num_attention_heads"] == heads
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32)))
-    with torch.no_grad():  # transformers rotates in float32
-        torch.testing.assert_close(llama(x).logits, dense(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(llama_logits(tmp_path / "llama", x), part(x), rtol=1e-5, atol=1e-5)
+    if importlib.util.find_spec("transformers"):
+        from transformers import LlamaForCausalLM
+
+        llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").double()
+        with torch.no_grad():  # transformers rotates in float32
+            torch.testing.assert_close(llama(x).logits, part(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- files, and texts
 
 
 @pytest.mark.parametrize("hf", [[], ["--hf"]], ids=["file", "folder"])
@@ -212,6 +374,13 @@ BAD_COMMANDS = [  # what the one line must say
     ("evaluate CKPT --data-dir /nowhere", "--data-dir /nowhere"),
     ("evaluate CKPT --eval-batches 0", "--eval-batches"),
     ("evaluate CKPT --batch-size x", "--batch-size"),
+    ("evaluate CKPT --coverage 0", "--coverage 0: must be above 0 and at most 1, such as 0.5"),
+    ("evaluate CKPT --coverage 0.5,half", "--coverage half: must be above 0 and at most 1"),
+    ("evaluate CKPT --units neuron", "add it, such as --coverage 0.5"),
+    ("export CKPT /dev/null/x --coverage 1.5", "--coverage 1.5: must be above 0 and at most 1"),
+    ("export CKPT /dev/null/x --coverage 0.5 --keep 2", "--keep 2: use none, ends"),
+    ("export CKPT /dev/null/x --hf --coverage 0.5 --units neuron --keep 0", "use --keep none with --hf"),
+    ("export CKPT /dev/null/x --hf --coverage 0.75 --units neuron", "3 heads, which do not divide"),
     ("flops --mask none --finish 0.5", "--finish 0.5: is for --mask forward"),
     ("sweep --count 0", "--count"),
     ("sweep --seed -1", "--seed"),
