@@ -10,6 +10,7 @@ from masks import Unit, assign, holders_per_unit, roles
 from model import SIZES
 from scripts import links
 from scripts.links import SCHEMES, computing_seconds, held_share, sent_by_machine
+from support.processes import HERE
 
 LAYOUTS = [(2, 2), (2, 4), (4, 2)]  # (machines, GPUs of each)
 SHARED = 5  # as many units' worth of values are shared
@@ -133,10 +134,10 @@ def test_table(capsys):
     assert "1,000 tokens, at 100 TFLOP/s" in notes
 
 
-def test_defaults():
-    args = links.make_parser("", links.FLAGS).parse_args([])
-    assert (args.machines, args.gpus, args.size, args.vocabulary) == (64, 8, "1b", 50304)
-    assert (args.coverage, args.gbit, args.tflops, args.tokens) == (0.5, [25, 100, 400], 400, 16384)
+def test_the_table_of_the_defaults_stands_in_the_results(capsys):
+    links.main([])
+    lines = capsys.readouterr().out.splitlines()[: 2 + len(SCHEMES)]
+    assert "\n".join(lines) in (HERE / "results" / "README.md").read_text()
 
 
 def test_plot(tmp_path, capsys):
