@@ -251,7 +251,7 @@ def learning_rate(step, args):
 
 def play(batches, args, step, worker, model, weight):
     """A worker's backward passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight."""
-    torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of --drop-path
+    torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of dropped rows and numbers
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
         loss = weight * model(x, y)  # x: (rows, context) or (rows, 3, image, image)

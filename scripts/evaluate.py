@@ -60,7 +60,8 @@ def main(argv=None):
         given = parser.parse_args(argv)
         saved = checkpoint.read_checkpoint(given.checkpoint)
         units = units_to_cut(given, saved)
-        parser.set_defaults(**saved["flags"], **saved["progress"])
+        defaults = {flag.lstrip("-").replace("-", "_"): default for flag, _, default, _ in FLAGS}
+        parser.set_defaults(**defaults | saved["flags"] | saved["progress"])  # older ones lack some flags
         args = parser.parse_args(argv)
         data = load(args.data, args.data_dir, args.context, args.eval_batches * args.batch_size)
         make_config(args, data, saved)  # raises where the data does not fit

@@ -1,8 +1,8 @@
 """Run the arms of an experiment, and print its table: python -m scripts.experiments repeated --jobs 2
 
 An arm is tuned first: in each of its rounds, flags are tried on top of the best so far, with one seed and one
-set to validate. The best of all then runs with three seeds, and has another set to validate, by which nothing
-was chosen. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
+text to validate. The best flags of all then run with three seeds, and are validated on a second text, which
+no choice has used. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ from support.launch import at_least, make_parser
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)  # of the runs that choose flags, and of those that are reported
 TRAIN = Path(__file__).parents[1] / "train.py"
-OF_CURVE = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # keys of log.jsonl
-OF_MEMORY = ("weight_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes")  # and of summary.json
+CURVE_KEYS = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # of log.jsonl
+COST_KEYS = ("weight_bytes", "activation_bytes", "flops")  # of a worker in summary.json
 
 
 class Arm(NamedTuple):
@@ -38,29 +38,28 @@ class Arm(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    data: str  # text or cifar10, as of --data
-    source: str  # of text a folder of Python's standard library, of images where scripts.prepare left them
+    source: str  # a folder of Python's standard library, whose .py files are learnt
     flags: str  # of all arms
-    arms: dict  # {name: Arm}; costs are in parts of those of "dense"
+    arms: dict  # {name: Arm}; the table has costs in parts of those of "dense"
 
 
 DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside the default, 0.1
 RATE = ("--lr 6e-3",)  # beside the default, 3e-3
 DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
 MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
-ALONE = "--workers 1 --batch-size 2 --eval-batches 80"  # a model with the rows of one worker
+ONE_WORKER = "--workers 1 --batch-size 2 --eval-batches 80"  # a model with the rows of one worker
 GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
 GPT += " --steps 3000 --eval-every 150 --eval-batches 20"
 ARMS = {
     "dense": Arm("--mask none", DENSE),
     "small dense": Arm("--mask none --layers 3", DENSE),
-    "4 small dense": Arm(f"--mask none --layers 3 {ALONE}", DENSE, members=4),
+    "4 small dense": Arm(f"--mask none --layers 3 {ONE_WORKER}", DENSE, members=4),
     "forward, neurons": Arm("--mask forward --units neuron --resample 10", MASKED),
     "forward, blocks": Arm("--mask forward --resample 10", MASKED),
 }
 EXPERIMENTS = {
-    "repeated": Experiment("text", "lib2to3/fixes", GPT, ARMS),
-    "new": Experiment("text", "", GPT, ARMS),  # the whole standard library: a third of an epoch
+    "repeated": Experiment("lib2to3/fixes", GPT, ARMS),
+    "new": Experiment("", GPT, ARMS),  # the whole standard library: a third of an epoch
 }
 FLAGS = (
     ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
@@ -69,7 +68,7 @@ FLAGS = (
 
 
 def write_texts(folder, source):
-    """Write tune and report, files for --data text: the same nine parts of bytes to train on, then another
+    """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
     part each, which is held out. Raises UserError where the standard library has no such files."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
@@ -79,8 +78,8 @@ def write_texts(folder, source):
     text = b"\n".join(path.read_bytes() for path in paths)
     part = len(text) // 11
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tune").write_bytes(text[: 10 * part])
-    (folder / "report").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
+    (folder / "tune.txt").write_bytes(text[: 10 * part])
+    (folder / "report.txt").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
 
 
 def file_name(*words):
@@ -88,18 +87,29 @@ def file_name(*words):
 
 
 def find(experiment, arm, flags, seed, train_missing):
-    """The result of a run, a dictionary. One that is not there is trained; or it is None."""
+    """The result of a run, a dictionary. One that is not there is trained; or it is None. Raises UserError
+    where it has other flags than now."""
     run = file_name(arm, flags, str(seed))
     path, out = Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
+    _, common, arms = EXPERIMENTS[experiment]
+    part = "tune" if seed == TUNING_SEED else "report"
+    all_flags = f"{common} {arms[arm].flags} {flags} --seed {seed}".split()
+    all_flags += f"--data text --data-dir datasets/{experiment}/{part}.txt".split()
     if train_missing and not path.exists():
-        data, _, common, arms = EXPERIMENTS[experiment]
-        part = "tune" if seed == TUNING_SEED else "report"
-        flags = f"{common} {arms[arm].flags} {flags} --seed {seed}".split()
-        flags += f"--data {data} --data-dir datasets/{experiment}/{part}".split()
-        train(flags, out)
-        result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": flags}
+        train(all_flags, out)
+        result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": all_flags}
         write(path, result | {"versions": versions()} | read_out(out))
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_result(path, all_flags)
+
+
+def read_result(path, flags):
+    """What `write` has written, or None. Raises UserError where it is of other flags."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["flags"] != flags:
+        raise UserError(f"{path}: was trained with other flags than those of today; remove it")
+    return result
 
 
 def write(path, result):
@@ -124,12 +134,13 @@ def versions():
 
 
 def read_out(out):
-    """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step."""
+    """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step.
+    memory_bytes leave out gradients and optimizer, as one process has those of all its workers."""
     summary = json.loads((out / "summary.json").read_text())
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    curve = [{key: entry[key] for key in OF_CURVE} for entry in log if "val_loss" in entry]
-    costs = {k: float(np.mean([row[k] for row in summary["per_worker"]])) for k in (*OF_MEMORY, "flops")}
-    return {"curve": curve, "costs": costs, "memory_bytes": sum(costs[key] for key in OF_MEMORY)}
+    curve = [{key: entry[key] for key in CURVE_KEYS} for entry in log if "val_loss" in entry]
+    costs = {key: float(np.mean([row[key] for row in summary["per_worker"]])) for key in COST_KEYS}
+    return {"curve": curve, "costs": costs, "memory_bytes": costs["weight_bytes"] + costs["activation_bytes"]}
 
 
 def lowest(result):
@@ -159,13 +170,17 @@ def run_arm(experiment, arm):
     flags, _, _ = tune(experiment, arm, train_missing=True)
     members = EXPERIMENTS[experiment].arms[arm].members
     for seed in SEEDS:
-        numbers = range(seed * members, (seed + 1) * members)
-        results = [find(experiment, arm, flags, number, train_missing=True) for number in numbers]
-        path = Path("results", experiment, f"{file_name('average', arm, flags, str(seed))}.json")
+        member_seeds = range(seed * members, (seed + 1) * members)
+        results = [find(experiment, arm, flags, each, train_missing=True) for each in member_seeds]
+        path = path_of_average(experiment, arm, flags, seed)
         if members > 1 and not path.exists():
-            outs = [Path("runs", experiment, file_name(arm, flags, str(number))) for number in numbers]
+            outs = [Path("runs", experiment, file_name(arm, flags, str(each))) for each in member_seeds]
             curve = [results[0]["curve"][-1] | {"val_loss": averaged_loss(outs), "val_accuracy": None}]
-            write(path, results[0] | {"arm": f"average of {arm}", "seed": seed, "curve": curve})
+            write(path, results[0] | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
+
+
+def path_of_average(experiment, arm, flags, seed):
+    return Path("results", experiment, f"{file_name('average', arm, flags, str(seed))}.json")
 
 
 @torch.no_grad()
@@ -174,11 +189,21 @@ def averaged_loss(outs):
     flags = json.loads((outs[0] / "summary.json").read_text())["config"]
     tests = flags["eval_batches"] * flags["batch_size"]
     x, y = load(flags["data"], flags["data_dir"], flags["context"], tests).validation()
-    logs = torch.stack(
-        [load_model(out / "ckpt.pt")(x).log_softmax(-1) for out in outs]
-    )  # (models, B, T, 256)
-    mean = logs.logsumexp(0) - math.log(len(outs))  # (B, T, 256), of probabilities
+    log_probs = torch.stack([load_model(out / "ckpt.pt")(x).log_softmax(-1) for out in outs])
+    mean = log_probs.logsumexp(0) - math.log(len(outs))  # (models, B, T, 256) -> (B, T, 256)
     return torch.nn.functional.nll_loss(mean.flatten(0, 1), y.flatten()).item()
+
+
+def reported(experiment, arm, flags):
+    """The results of an arm with its best flags, one a seed, or None where it is not there."""
+    members = EXPERIMENTS[experiment].arms[arm].members
+    results = []
+    for seed in SEEDS:
+        result = find(experiment, arm, flags, seed * members, train_missing=False)
+        if members > 1 and result:
+            result = read_result(path_of_average(experiment, arm, flags, seed), result["flags"])
+        results.append(result)
+    return results
 
 
 def spread(numbers):
@@ -186,34 +211,29 @@ def spread(numbers):
     return f"{np.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
 
-def row(experiment, arm):
-    """The row of an arm in the table; of dashes as long as runs are missing."""
-    flags, best, tried = tune(experiment, arm, train_missing=False)
-    kind = EXPERIMENTS[experiment].arms[arm]
-    name = file_name("average", arm) if kind.members > 1 else arm
-    results = [find(experiment, name, flags, seed, train_missing=False) for seed in SEEDS]
-    dense = find(experiment, "dense", "", TUNING_SEED, train_missing=False)
-    if None in (best, dense, *results):
-        return f"| {arm} | - | - | - | - | - | - |"
-    chosen, tuned = lowest(best)
+def row(experiment, name):
+    """The row of an arm in the table; of dashes as long as runs are missing. Costs are those before tuning,
+    so that regularisers do not hide what masks save."""
+    arm = EXPERIMENTS[experiment].arms[name]
+    flags, best, tuning_runs = tune(experiment, name, train_missing=False)
+    results = reported(experiment, name, flags)
+    own, dense = (find(experiment, each, "", TUNING_SEED, train_missing=False) for each in (name, "dense"))
+    if None in (best, own, dense, *results):
+        return f"| {name} | - | - | - | - | - | - |"
+    best_index, best_loss = lowest(best)
     curves = [[entry["val_loss"] for entry in result["curve"]] for result in results]
-    costs = [
-        f"{best['costs'][k] / dense['costs'][k]:.2f}" for k in ("weight_bytes", "activation_bytes", "flops")
-    ]
-    cells = [arm, f"`{kind.flags} {flags}`", " / ".join(costs), f"{tried}", f"{tuned:.3f}"]
-    cells.append(spread([curve[min(chosen, len(curve) - 1)] for curve in curves]))
-    cells.append(spread([curve[-1] for curve in curves]))
-    return f"| {' | '.join(cells)} |"
+    costs = " / ".join(f"{own['costs'][key] / dense['costs'][key]:.2f}" for key in COST_KEYS)
+    at_best = spread([curve[best_index] for curve in curves]) if arm.members == 1 else "-"
+    cells = [name, f"`{arm.flags} {flags}`", costs, f"{tuning_runs}", f"{best_loss:.3f}", at_best]
+    return f"| {' | '.join([*cells, spread([curve[-1] for curve in curves])])} |"
 
 
 def table(experiment):
-    """What results/README.md shows, in Markdown. Losses are in nats per byte."""
-    titles = "arm | flags | weights / activations / FLOPs of a worker | runs of tuning | its lowest loss"
-    lines = [
-        f"| {titles} | loss at its step, 3 seeds | loss at the end, 3 seeds |",
-        "|---|---|" + "---:|" * 5,
-    ]
-    return "\n".join([*lines, *(row(experiment, arm) for arm in EXPERIMENTS[experiment].arms)])
+    """Markdown, for results/README.md. Losses are in nats per byte."""
+    titles = "arm | flags | weights / activations / FLOPs of a worker | tuning runs | lowest loss in tuning"
+    titles += " | second text: loss at that step | loss after the last step"
+    rows = [row(experiment, arm) for arm in EXPERIMENTS[experiment].arms]
+    return "\n".join([f"| {titles} |", "|---|---|---:|---:|---:|---:|---:|", *rows])
 
 
 def main(argv=None):

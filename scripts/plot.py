@@ -11,7 +11,10 @@ from support.launch import make_parser
 
 FLAGS = (("--machines", bool, False, "step times of scripts.wire"), ("--out", str, "loss.svg", "figure"))
 COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
-COSTS |= {"sent_bytes": (1e9, "GB sent (one process: none)"), "memory_bytes": (1e6, "MB of a worker")}
+COSTS |= {
+    "sent_bytes": (1e9, "GB sent by a worker (one process: none)"),
+    "memory_bytes": (1e6, "MB of a worker, weights and activations"),
+}
 WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
 ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
 ENGINES |= {mask + way: mask + WAYS[way] for mask in ("backward", "forward") for way in WAYS}

@@ -24,7 +24,7 @@ ROUNDS = (("--drop-path 0.1", "--dropout 0.1"), ("--weight-decay 1",))
 def trial(monkeypatch, tmp_path):
     """An experiment of two arms in an empty folder."""
     arms = {"dense": Arm("--mask none", ROUNDS), "two": Arm("--mask none --workers 1", ROUNDS, members=2)}
-    monkeypatch.setitem(EXPERIMENTS, "trial", Experiment("text", "asyncio", f"{TINY} --workers 2", arms))
+    monkeypatch.setitem(EXPERIMENTS, "trial", Experiment("asyncio", f"{TINY} --workers 2", arms))
     monkeypatch.chdir(tmp_path)
     return "trial"
 
@@ -43,7 +43,7 @@ def invent(losses):
         (out / "log.jsonl").write_text(
             "".join(json.dumps(entry) + "\n" for entry in [{"step": -1}, *entries])
         )
-        rows = [{key: worker for key in (*experiments.OF_MEMORY, "flops")} for worker in (1, 3)]
+        rows = [{key: worker for key in experiments.COST_KEYS} for worker in (1, 3)]
         (out / "summary.json").write_text(json.dumps({"per_worker": rows}))
 
     return train, calls
@@ -59,22 +59,26 @@ def test_tuning_keeps_what_is_best_and_reports_on_another_text(trial, monkeypatc
     experiments.main([trial, "--jobs", "2"])
     assert len(calls) == len(set(calls)) == (4 + 3) + (4 + 6)
     for call in calls:
-        assert ("/tune" if "--seed 100 " in call else "/report") in call
+        assert ("tune.txt" if "--seed 100 " in call else "report.txt") in call
         assert "--seed 100 " in call or "--dropout 0.1 --seed" in call  # the best, without weight decay
     dense, two = capsys.readouterr().out.splitlines()[2:]
     cells = "`--mask none --dropout 0.1` | 1.00 / 1.00 / 1.00 | 4 | 2.000 | 5.000 (4.000 to 6.000)"
     assert dense == f"| dense | {cells} | 5.000 (5.000 to 5.000) |"
-    assert two.endswith("| 4 | 2.000 | 3.000 (3.000 to 3.000) | 3.000 (3.000 to 3.000) |")
+    assert two.endswith("| 4 | 2.000 | - | 3.000 (3.000 to 3.000) |")
     experiments.main([trial])
     assert len(calls) == 17  # nothing is trained again
     Path("results/trial/dense-dropout-0.1-1.json").unlink()
     experiments.main([trial, "--table"])
     assert len(calls) == 17 and "| dense | - |" in capsys.readouterr().out
+    monkeypatch.setitem(EXPERIMENTS, "trial", EXPERIMENTS["trial"]._replace(flags="--steps 9"))
+    with pytest.raises(SystemExit):
+        experiments.main([trial])
+    assert "was trained with other flags" in capsys.readouterr().err
 
 
 def test_texts_share_what_is_learnt(tmp_path):
     experiments.write_texts(tmp_path, "asyncio")
-    tune, report = ((tmp_path / name).read_bytes() for name in ("tune", "report"))
+    tune, report = ((tmp_path / name).read_bytes() for name in ("tune.txt", "report.txt"))
     part = len(tune) // 10
     assert tune[: 9 * part] == report[: 9 * part] and tune[9 * part :] != report[9 * part :]
     with pytest.raises(UserError, match="is not in this version of Python"):
@@ -90,7 +94,7 @@ def test_a_real_run_and_an_average(trial, monkeypatch, alone):
     results = [experiments.find(trial, "two", "", seed, True) for seed in (0, 1)]
     assert [entry["step"] for entry in results[0]["curve"]] == [2] and results[0]["costs"]["flops"] > 0
     outs = [Path(f"runs/trial/two-{seed}") for seed in (0, 1)]
-    text = np.fromfile("datasets/trial/report", np.uint8)
+    text = np.fromfile("datasets/trial/report.txt", np.uint8)
     held_out = torch.from_numpy(text[len(text) * 9 // 10 :].astype(np.int64))
     begins = np.linspace(0, len(held_out) - 17, 8).astype(int)
     windows = torch.stack([held_out[begin : begin + 17] for begin in begins])

@@ -84,7 +84,7 @@ def test_loss(tmp_path):
     assert points(panels[0].lines[1]) == [(2, 5), (3, 3)]
     assert points(panels[1].lines[1]) == [(2, 5), (2, 3)]
     assert points(panels[2].lines[1]) == []  # one process has sent nothing
-    assert [points(line) for line in memory.lines] == [[(5, 2)], [(11, 3)]]
+    assert [points(line) for line in memory.lines] == [[(5, 2)], [(6, 3)]]  # weights and activations
     assert heights(memory.collections[1]) == [1, 3]
     for axes in (*panels, memory):
         assert [(each.get_label(), each.get_color()) for each in axes.lines] == [
