@@ -38,10 +38,8 @@ def units_to_cut(args, saved):
 
 
 def choose(units, coverage, seed):
-    """A random part of the units, bool [units]: of a kind's n units floor(C n + 1/2), and at least one.
-    Raises UserError for a coverage C that is not above 0 and at most 1."""
-    coverage, rng = check_coverage(coverage), np.random.default_rng(seed)
-    held = np.zeros(len(units), dtype=bool)
+    """A random part of the units, bool [units]: of a kind's n units floor(C n + 1/2), and at least one."""
+    rng, held = np.random.default_rng(seed), np.zeros(len(units), dtype=bool)
     for kind in dict.fromkeys(unit.kind for unit in units):  # in their order, unlike a set
         numbers = [u for u, unit in enumerate(units) if unit.kind == kind]
         count = max(1, math.floor(coverage * len(numbers) + 0.5))

@@ -11,7 +11,7 @@ from masks import UserError
 from scripts.cut import check_coverage, choose, cut, units_to_cut
 from scripts.export import load_model
 from support import checkpoint, launch
-from support.evaluation import IMAGES, TOGETHER, estimate_statistics, evaluate
+from support.evaluation import calibration_images, estimate_statistics, evaluate
 from train import FLAGS, load, make_config
 
 DRAWS = 10  # random parts of a coverage: those of the seeds from 0 on
@@ -25,12 +25,10 @@ def coverages(text):
 def print_parts(model, units, coverage, data, args, device):
     """Print a line about random parts of a whole model on the CPU. All processes take part. A part has
     batch norm statistics of its own, from the same images as the whole model's."""
-    starts = range(dist.get_rank() * TOGETHER, IMAGES, dist.get_world_size() * TOGETHER)
     draws, params = [], sum(p.numel() for p in model.parameters())
     for seed in range(1 if coverage == 1 else DRAWS):  # coverage 1: always the whole model
         part = cut(model, units, choose(units, coverage, seed)).to(device)
-        images = (data.calibration(args.seed, IMAGES, slice(i, i + TOGETHER), device) for i in starts)
-        estimate_statistics(part, images)
+        estimate_statistics(part, calibration_images(data, args.seed, device))
         share = sum(p.numel() for p in part.parameters()) / params
         draws.append((*evaluate(part, data, args.batch_size, device), share))
     losses, accuracies, shares = np.transpose(draws)  # (draws) each

@@ -19,7 +19,7 @@ from data import load
 from masks import Unit, UserError, assign, spectral_gap
 from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetConfig, build, units_of
 from scripts import sample, sweep
-from scripts.cut import choose, cut
+from scripts.cut import check_coverage, choose, cut
 from scripts.export import load_model
 from support.processes import TINY, read_log, read_summary, slow
 from support.testing import write_images
@@ -162,7 +162,7 @@ def test_a_random_share_of_each_kind():
     assert (draws[7] == choose(units, 0.5, seed=7)).all()
     for coverage in (0, 1.5, float("nan")):
         with pytest.raises(UserError, match="--coverage .*: must be above 0 and at most 1"):
-            choose(units, coverage, seed=0)
+            check_coverage(coverage)
 
 
 def test_parts_of_a_gpt_are_exported_and_evaluated(said, tmp_path, trained, ranks):

@@ -14,12 +14,16 @@ IMAGES, TOGETHER = 1024, 64  # the statistics are those of so many images, norma
 
 @contextmanager
 def whole_model(engine, data, seed):
-    """`with whole_model(...) as model:` the whole model, with statistics of always the same images."""
-    starts = range(engine.rank * TOGETHER, IMAGES, engine.processes * TOGETHER)
-    images = (data.calibration(seed, IMAGES, slice(i, i + TOGETHER), engine.device) for i in starts)
+    """`with whole_model(...) as model:` the whole model, with statistics of its own."""
     with engine.whole() as model:
-        estimate_statistics(model, images)
+        estimate_statistics(model, calibration_images(data, seed, engine.device))
         yield model
+
+
+def calibration_images(data, seed, device):
+    """This process's batches of the images by which all estimate statistics: always the same ones."""
+    for i in range(dist.get_rank() * TOGETHER, IMAGES, dist.get_world_size() * TOGETHER):
+        yield data.calibration(seed, IMAGES, slice(i, i + TOGETHER), device)
 
 
 @torch.no_grad()
