@@ -12,8 +12,8 @@ from support.launch import make_parser
 FLAGS = (("--machines", bool, False, "step times of scripts.wire"), ("--out", str, "loss.svg", "figure"))
 COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
 COSTS |= {
-    "sent_bytes": (1e9, "GB sent by a worker (one process: none)"),
-    "memory_bytes": (1e6, "MB of a worker, weights and activations"),
+    "sent_bytes": (1e9, "GB sent by a worker"),
+    "memory_bytes": (1e6, "MB: weights, activations"),
 }
 WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
 ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
@@ -59,13 +59,18 @@ def read_all(paths, read):
 
 def draw_loss(figure, arms):
     """Validation loss against each cost: the mean of the seeds, in a band from lowest to highest."""
-    panels = figure.subplots(1, len(COSTS), sharey=True)
+    known = {key for runs in arms.values() for key, cost in zip(COSTS, runs.T[1:]) if np.isfinite(cost).any()}
+    shown = [key for key in COSTS if key in known]  # one process sends nothing
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for number, ((arm, _), runs) in enumerate(arms.items()):  # runs: [seeds, validations, columns]
         (mean, *costs), low, high = runs.mean(0).T, runs[..., 0].min(0), runs[..., 0].max(0)
-        for axes, cost, (unit, title) in zip(panels, costs, COSTS.values()):
-            axes.plot(cost / unit, mean, "o-", color=f"C{number}", label=arm)
-            axes.fill_between(cost / unit, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-            axes.vlines(cost[-1] / unit, low[-1], high[-1], color=f"C{number}")
+        costs = dict(zip(COSTS, costs))
+        for axes, key in zip(panels, shown):
+            unit, title = COSTS[key]
+            cost = costs[key] / unit
+            axes.plot(cost, mean, "o-", color=f"C{number}", label=arm)
+            axes.fill_between(cost, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+            axes.vlines(cost[-1], low[-1], high[-1], color=f"C{number}")
             axes.set_xlabel(title)
     panels[0].set_ylabel("val_loss, nats")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
