@@ -172,6 +172,7 @@ def test_bench(ranks, tmp_path):
     assert flops["sdp-forward"] < flops["sdp-backward"] < 1 and saved["sdp-forward"] < 0.95
 
 
+@slow
 def test_bench_on_two_machines(tmp_path):
     """It has the exchange that training has there, with the same bytes."""
     flags = [*TINY, "--layers", 3, "--units", "neuron", "--steps", 1, "--out"]

@@ -21,6 +21,7 @@ from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetCo
 from scripts import sample, sweep
 from scripts.cut import check_coverage, choose, cut
 from scripts.export import load_model
+from support import evaluation
 from support.processes import TINY, read_log, read_summary, slow
 from support.testing import write_images
 from test_sdp import SMALL, SMALL_RESNET, SMALL_VIT, batch, dense_model
@@ -90,8 +91,9 @@ def test_a_gpt_has_the_loss_that_was_logged(said, tmp_path, trained, ranks):
     assert ranks(2, "scripts.evaluate", trained / "ckpt.pt") == line
 
 
-def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifar):
+def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifar, monkeypatch):
     """The statistics of its batch norm have more digits than bfloat16."""
+    monkeypatch.setattr(evaluation, "IMAGES", 64)
     flags = "--model resnet18 --width 8 --batch-size 8 --workers 2 --dtype bfloat16 --steps 2".split()
     train.main([*flags, "--data-dir", str(small_cifar), "--out", str(tmp_path / "run")])
     checkpoint, summary = tmp_path / "run" / "ckpt.pt", read_summary(tmp_path / "run")
