@@ -632,7 +632,7 @@ def train_four_workers(mode, kind, config, machines=1, steps=3):
     return first, whole_values(engine)
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *FEWER])
+@pytest.mark.parametrize("mode, kind", [pytest.param("none", "block", marks=slow), *FEWER])
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
 def test_processes_do_not_matter(in_processes, mode, kind, config):
     """Four workers on 1, 2 and 4 processes, also on two machines; and the initial model is the dense one."""
@@ -864,7 +864,7 @@ def test_state_of_buckets_that_no_equal_slices_fill(in_processes):
     assert_close(state, whole, 0)
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *FEWER])
+@pytest.mark.parametrize("mode, kind", [pytest.param("none", "block", marks=slow), *FEWER])
 def test_train_in_each_mode(ranks, tmp_path, mode, kind):
     """The default model for a few steps on two processes: files, and costs against the dense column."""
     flags = ["--mask", mode, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]

@@ -348,6 +348,7 @@ def test_masks_in_a_circle():
     assert (sweep.cyclic(units, 16, 4) != sweep.cyclic(units, 16, 4, mask_number=1)).any()
 
 
+@slow
 def test_sweep_and_training_in_a_circle(said, tmp_path):
     first, *rows = (line.split() for line in said("sweep").splitlines())
     assert len(rows) == 10 and first[-3:] == ["C", "=", "1"] and all(row[-1] == "1.000" for row in rows)
