@@ -123,7 +123,8 @@ def read_bytes(path, context=128, tests=1, ending=""):
 
 
 def read_folder(root, ending):
-    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending."""
+    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending, but
+    for the folders that are LEFT_OUT."""
     train, held_out = [], []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - LEFT_OUT)  # in place: the walk goes on in this order

@@ -159,9 +159,9 @@ def tune(experiment, arm, train_missing):
         if None in (best, *results):
             return flags, None, tried
         tried += len(results)
-        losses = [lowest(result)[1] for result in results]
-        if min(losses) < lowest(best)[1]:
-            flags, best = candidates[int(np.argmin(losses))], results[int(np.argmin(losses))]
+        for candidate, result in zip(candidates, results):
+            if lowest(result)[1] < lowest(best)[1]:
+                flags, best = candidate, result
     return flags, best, tried
 
 
