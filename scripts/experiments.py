@@ -13,16 +13,19 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import LEFT_OUT, load
+from data import ARRAYS, LEFT_OUT, load, read_images
 from masks import UserError
 from scripts.export import load_model
+from scripts.prepare import new_arrays
 from support.launch import at_least, make_parser
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)  # of the runs that choose flags, and of those that are reported
@@ -38,38 +41,17 @@ class Arm(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    source: str  # a folder of Python's standard library, whose .py files are learnt
+    prepare: Callable  # of a folder: writes the data of the parts "tune" and "report" into it
+    data: str  # flags that name the data of a {part}
     flags: str  # of all arms
     arms: dict  # {name: Arm}; the table has costs in parts of those of "dense"
-
-
-DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside the default, 0.1
-RATE = ("--lr 6e-3",)  # beside the default, 3e-3
-DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
-MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
-ONE_WORKER = "--workers 1 --batch-size 2 --eval-batches 80"  # a model with the rows of one worker
-GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
-GPT += " --steps 3000 --eval-every 150 --eval-batches 20"
-ARMS = {
-    "dense": Arm("--mask none", DENSE),
-    "small dense": Arm("--mask none --layers 3", DENSE),
-    "4 small dense": Arm(f"--mask none --layers 3 {ONE_WORKER}", DENSE, members=4),
-    "forward, neurons": Arm("--mask forward --units neuron --resample 10", MASKED),
-    "forward, blocks": Arm("--mask forward --resample 10", MASKED),
-}
-EXPERIMENTS = {
-    "repeated": Experiment("lib2to3/fixes", GPT, ARMS),
-    "new": Experiment("", GPT, ARMS),  # the whole standard library: a third of an epoch
-}
-FLAGS = (
-    ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
-    ("--table", bool, False, "only print the table of what is there"),
-)
+    score: str = "val_loss"  # what is to be low; or "error", the share of images that are classified wrongly
 
 
 def write_texts(folder, source):
     """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
-    part each, which is held out. Raises UserError where the standard library has no such files."""
+    part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt.
+    Raises UserError where there are none."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
@@ -82,24 +64,108 @@ def write_texts(folder, source):
     (folder / "report.txt").write_bytes(text[: 9 * part] + text[10 * part : 11 * part])
 
 
+def write_images(folder):
+    """Write tune/cifar10 and report/cifar10: the same nine tenths of CIFAR-10's training images, and to test
+    on the rest of these, or the official test images. Raises UserError where CIFAR-10 is not prepared."""
+    read_images("cifar10", "datasets")  # raises where they are damaged
+    train, labels, test, test_labels = (np.load(f"datasets/cifar10/{name}.npy") for name in ARRAYS)
+    size = len(train) * 9 // 10
+    held_out = {"tune": (train[size:], labels[size:]), "report": (test, test_labels)}
+    for part, to_test_on in held_out.items():
+        with new_arrays(folder / part / "cifar10", 32, 32, range(10)) as out:
+            for name, array in zip(ARRAYS, (train[:size], labels[:size], *to_test_on)):
+                np.save(out / f"{name}.npy", array)
+
+
+DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside the default, 0.1
+RATE = ("--lr 6e-3",)  # beside the default, 3e-3
+DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
+MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
+RATES = ("--lr 1.5e-3", "--lr 6e-3")
+DENSE_NEW = (("--drop-path 0.1", "--dropout 0.1"), ("--weight-decay 0.3",), RATES)
+MASKED_NEW = (("--workers 8", "--resample 100"), ("--weight-decay 0.3",), RATES)
+DECAY_IMAGES = ("--weight-decay 2e-3", "--weight-decay 5e-3")  # beside the default, 5e-4
+DENSE_IMAGES, MASKED_IMAGES = (("--dropout 0.1",), DECAY_IMAGES), (("--resample 10",), DECAY_IMAGES)
+
+SMALL = "--mask none --layers 3"
+ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2"  # a model with the rows of one worker
+NEURONS, BLOCKS = "--mask forward --units neuron --resample 10", "--mask forward --resample 10"
+GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
+REPEATED = f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20"
+NEW = f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100"
+IMAGES = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
+EXPERIMENTS = {
+    "repeated": Experiment(
+        partial(write_texts, source="lib2to3/fixes"),
+        "--data text --data-dir datasets/repeated/{part}.txt",
+        REPEATED,
+        {
+            "dense": Arm("--mask none", DENSE),
+            "small dense": Arm(SMALL, DENSE),
+            "4 small dense": Arm(f"{ONE_WORKER} --eval-batches 80", DENSE, members=4),
+            "forward, neurons": Arm(NEURONS, MASKED),
+            "forward, blocks": Arm(BLOCKS, MASKED),
+        },
+    ),
+    "new": Experiment(  # a tenth of an epoch
+        partial(write_texts, source=""),
+        "--data text --data-dir datasets/new/{part}.txt",
+        NEW,
+        {
+            "dense": Arm("--mask none", DENSE_NEW),
+            "small dense": Arm(SMALL, DENSE_NEW),
+            "4 small dense": Arm(f"{ONE_WORKER} --eval-batches 400", DENSE_NEW, members=4),
+            "backward, blocks": Arm("--mask backward", MASKED_NEW),
+            "forward, neurons": Arm(NEURONS, MASKED_NEW),
+            "forward, blocks": Arm(BLOCKS, MASKED_NEW),
+        },
+    ),
+    "images": Experiment(  # dense runs see 5 epochs, the others 20, for about the same FLOPs
+        write_images,
+        "--data cifar10 --data-dir datasets/images/{part}",
+        IMAGES,
+        {
+            "dense": Arm("--mask none --width 16 --epochs 5", DENSE_IMAGES),
+            "small dense": Arm("--mask none --width 8 --epochs 20", DENSE_IMAGES),
+            "forward, neurons": Arm("--mask forward --units neuron --width 16 --epochs 20", MASKED_IMAGES),
+            "forward, blocks": Arm("--mask forward --width 16 --epochs 20", MASKED_IMAGES),
+        },
+        score="error",
+    ),
+}
+FLAGS = (
+    ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
+    ("--table", bool, False, "only print the table of what is there"),
+)
+
+
 def file_name(*words):
     return "-".join(" ".join(words).replace("--", "").replace(",", "").split())
 
 
-def find(experiment, arm, flags, seed, train_missing):
-    """The result of a run, a dictionary. One that is not there is trained; or it is None. Raises UserError
-    where it has other flags than now."""
+def plan(experiment, arm, flags, seed):
+    """(all flags of a run, its result's file, its folder)."""
     run = file_name(arm, flags, str(seed))
-    path, out = Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
-    _, common, arms = EXPERIMENTS[experiment]
+    _, data, common, arms, _ = EXPERIMENTS[experiment]
     part = "tune" if seed == TUNING_SEED else "report"
-    all_flags = f"{common} {arms[arm].flags} {flags} --seed {seed}".split()
-    all_flags += f"--data text --data-dir datasets/{experiment}/{part}.txt".split()
-    if train_missing and not path.exists():
+    all_flags = f"{common} {arms[arm].flags} {flags} --seed {seed} {data.format(part=part)}".split()
+    return all_flags, Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
+
+
+def find(experiment, arm, flags, seed):
+    """The result of a run, a dictionary, or None where it is not there. Raises UserError where it has other
+    flags than now."""
+    all_flags, path, _ = plan(experiment, arm, flags, seed)
+    return read_result(path, all_flags)
+
+
+def train_missing(experiment, arm, flags, seed):
+    """Train a run, and write its result, if that is not there."""
+    all_flags, path, out = plan(experiment, arm, flags, seed)
+    if find(experiment, arm, flags, seed) is None:
         train(all_flags, out)
         result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": all_flags}
         write(path, result | {"versions": versions()} | read_out(out))
-    return read_result(path, all_flags)
 
 
 def read_result(path, flags):
@@ -114,14 +180,16 @@ def read_result(path, flags):
 
 def write(path, result):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    part = path.with_suffix(".part")  # a run that is interrupted leaves no half of a result
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
 
 
 def train(flags, out):
-    """Run train.py with one thread. Raises UserError where it fails."""
+    """Run train.py with one thread. Raises UserError where it fails, unless because nothing stays finite."""
     command = [sys.executable, str(TRAIN), *flags, "--out", str(out), "--overwrite"]
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if run.returncode:
+    if run.returncode and "nothing finite" not in run.stderr:
         raise UserError(f"train.py {' '.join(flags)}: has failed: {run.stderr[-500:]}")
 
 
@@ -135,7 +203,10 @@ def versions():
 
 def read_out(out):
     """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step.
-    memory_bytes leave out gradients and optimizer, as one process has those of all its workers."""
+    memory_bytes leave out gradients and optimizer, as one process has those of all its workers. A run that
+    was given up, as nothing stayed finite, has no summary, and here no curve and costs."""
+    if not (out / "summary.json").exists():
+        return {"curve": [], "costs": {}, "memory_bytes": None}
     summary = json.loads((out / "summary.json").read_text())
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     curve = [{key: entry[key] for key in CURVE_KEYS} for entry in log if "val_loss" in entry]
@@ -143,40 +214,49 @@ def read_out(out):
     return {"curve": curve, "costs": costs, "memory_bytes": costs["weight_bytes"] + costs["activation_bytes"]}
 
 
-def lowest(result):
-    """(where the curve of a run is lowest, how low): an index, and nats per byte."""
-    losses = [entry["val_loss"] or math.inf for entry in result["curve"]]
-    return int(np.argmin(losses)), min(losses)
+def scores(experiment, result):
+    """What is to be low, at each validation of a run: nats per byte, or the share of wrong classes."""
+    if EXPERIMENTS[experiment].score == "error":
+        return [1 - entry["val_accuracy"] for entry in result["curve"]]
+    return [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in result["curve"]]
 
 
-def tune(experiment, arm, train_missing):
-    """(the best flags, their result, how many were tried); where a run is not there, its result is None."""
-    flags, tried = "", 1
-    best = find(experiment, arm, flags, TUNING_SEED, train_missing)
-    for options in EXPERIMENTS[experiment].arms[arm].rounds:
-        candidates = [f"{flags} {option}".strip() for option in options]
-        results = [find(experiment, arm, candidate, TUNING_SEED, train_missing) for candidate in candidates]
-        if None in (best, *results):
-            return flags, None, tried
-        tried += len(results)
-        for candidate, result in zip(candidates, results):
-            if lowest(result)[1] < lowest(best)[1]:
-                flags, best = candidate, result
-    return flags, best, tried
+def lowest(experiment, result):
+    return min(scores(experiment, result), default=math.inf)
+
+
+def tune(experiment, arm):
+    """(the best flags, their result, []); or, where runs of a round are not there: (the best flags so far,
+    None, [flags of the runs that are missing])."""
+    flags = ""
+    for options in ((), *EXPERIMENTS[experiment].arms[arm].rounds):
+        candidates = [flags, *(f"{flags} {option}".strip() for option in options)]
+        results = {candidate: find(experiment, arm, candidate, TUNING_SEED) for candidate in candidates}
+        missing = [candidate for candidate in candidates if results[candidate] is None]
+        if missing:
+            return flags, None, missing
+        flags = min(candidates, key=lambda candidate: lowest(experiment, results[candidate]))
+    return flags, results[flags], []
 
 
 def run_arm(experiment, arm):
     """Tune an arm, and run what is best with each seed."""
-    flags, _, _ = tune(experiment, arm, train_missing=True)
+    flags, _, missing = tune(experiment, arm)
+    while missing:
+        for candidate in missing:
+            train_missing(experiment, arm, candidate, TUNING_SEED)
+        flags, _, missing = tune(experiment, arm)
     members = EXPERIMENTS[experiment].arms[arm].members
     for seed in SEEDS:
         member_seeds = range(seed * members, (seed + 1) * members)
-        results = [find(experiment, arm, flags, each, train_missing=True) for each in member_seeds]
+        for each in member_seeds:
+            train_missing(experiment, arm, flags, each)
         path = path_of_average(experiment, arm, flags, seed)
         if members > 1 and not path.exists():
-            outs = [Path("runs", experiment, file_name(arm, flags, str(each))) for each in member_seeds]
-            curve = [results[0]["curve"][-1] | {"val_loss": averaged_loss(outs), "val_accuracy": None}]
-            write(path, results[0] | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
+            first = find(experiment, arm, flags, member_seeds[0])
+            outs = [plan(experiment, arm, flags, each)[2] for each in member_seeds]
+            curve = [first["curve"][-1] | {"val_loss": averaged_loss(outs), "val_accuracy": None}]
+            write(path, first | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
 
 
 def path_of_average(experiment, arm, flags, seed):
@@ -199,7 +279,7 @@ def reported(experiment, arm, flags):
     members = EXPERIMENTS[experiment].arms[arm].members
     results = []
     for seed in SEEDS:
-        result = find(experiment, arm, flags, seed * members, train_missing=False)
+        result = find(experiment, arm, flags, seed * members)
         if members > 1 and result:
             result = read_result(path_of_average(experiment, arm, flags, seed), result["flags"])
         results.append(result)
@@ -215,23 +295,30 @@ def row(experiment, name):
     """The row of an arm in the table; of dashes as long as runs are missing. Costs are those before tuning,
     so that regularisers do not hide what masks save."""
     arm = EXPERIMENTS[experiment].arms[name]
-    flags, best, tuning_runs = tune(experiment, name, train_missing=False)
+    flags, best, _ = tune(experiment, name)
     results = reported(experiment, name, flags)
-    own, dense = (find(experiment, each, "", TUNING_SEED, train_missing=False) for each in (name, "dense"))
+    own, dense = (find(experiment, each, "", TUNING_SEED) for each in (name, "dense"))
     if None in (best, own, dense, *results):
         return f"| {name} | - | - | - | - | - | - |"
-    best_index, best_loss = lowest(best)
-    curves = [[entry["val_loss"] for entry in result["curve"]] for result in results]
-    costs = " / ".join(f"{own['costs'][key] / dense['costs'][key]:.2f}" for key in COST_KEYS)
-    at_best = spread([curve[best_index] for curve in curves]) if arm.members == 1 else "-"
-    cells = [name, f"`{arm.flags} {flags}`", costs, f"{tuning_runs}", f"{best_loss:.3f}", at_best]
+    tuning = scores(experiment, best)
+    curves = [scores(experiment, result) for result in results]
+    costs = [own["costs"][key] / dense["costs"][key] for key in COST_KEYS[:2]]
+    costs.append(own["curve"][-1]["flops"] / dense["curve"][-1]["flops"])
+    at_best = spread([curve[int(np.argmin(tuning))] for curve in curves]) if arm.members == 1 else "-"
+    cells = [name, f"`{arm.flags} {flags}`", " / ".join(f"{cost:.2f}" for cost in costs)]
+    cells += [f"{1 + sum(map(len, arm.rounds))}", f"{min(tuning):.3f}", at_best]
     return f"| {' | '.join([*cells, spread([curve[-1] for curve in curves])])} |"
 
 
 def table(experiment):
-    """Markdown, for results/README.md. Losses are in nats per byte."""
-    titles = "arm | flags | weights / activations / FLOPs of a worker | tuning runs | lowest loss in tuning"
-    titles += " | second text: loss at that step | loss after the last step"
+    """Markdown, for results/README.md. Losses are in nats per byte, errors are shares of the images."""
+    score, other = (
+        ("error", "test images") if EXPERIMENTS[experiment].score == "error" else ("loss", "second text")
+    )
+    titles = (
+        f"arm | flags | weights / activations / FLOPs of a worker | tuning runs | lowest {score} in tuning"
+    )
+    titles += f" | {other}: {score} at that step | {score} after the last step"
     rows = [row(experiment, arm) for arm in EXPERIMENTS[experiment].arms]
     return "\n".join([f"| {titles} |", "|---|---|---:|---:|---:|---:|---:|", *rows])
 
@@ -242,7 +329,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if not args.table:
-            write_texts(Path("datasets", args.name), EXPERIMENTS[args.name].source)
+            EXPERIMENTS[args.name].prepare(Path("datasets", args.name))
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda arm: run_arm(args.name, arm), EXPERIMENTS[args.name].arms))
     except (UserError, OSError) as error:

@@ -1,6 +1,7 @@
 """The rules of the trials, on invented runs; one real run; and the tables of results/README.md."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 import train
+from data import ARRAYS, read_images
 from masks import UserError
 from scripts import experiments
 from scripts.experiments import EXPERIMENTS, Arm, Experiment
 from scripts.export import load_model
+from scripts.prepare import new_arrays
 from support.processes import HERE
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -24,7 +27,9 @@ ROUNDS = (("--drop-path 0.1", "--dropout 0.1"), ("--weight-decay 1",))
 def trial(monkeypatch, tmp_path):
     """An experiment of two arms in an empty folder."""
     arms = {"dense": Arm("--mask none", ROUNDS), "two": Arm("--mask none --workers 1", ROUNDS, members=2)}
-    monkeypatch.setitem(EXPERIMENTS, "trial", Experiment("asyncio", f"{TINY} --workers 2", arms))
+    prepare = partial(experiments.write_texts, source="asyncio")
+    data = "--data text --data-dir datasets/trial/{part}.txt"
+    monkeypatch.setitem(EXPERIMENTS, "trial", Experiment(prepare, data, f"{TINY} --workers 2", arms))
     monkeypatch.chdir(tmp_path)
     return "trial"
 
@@ -85,13 +90,38 @@ def test_texts_share_what_is_learnt(tmp_path):
         experiments.write_texts(tmp_path, "nothing")
 
 
+def test_images_share_what_is_learnt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run python -m scripts.prepare cifar10"):
+        experiments.write_images(Path("datasets/images"))
+    images = np.arange(25 * 3 * 32 * 32, dtype=np.uint8).reshape(25, 3, 32, 32)
+    with new_arrays(Path("datasets/cifar10"), 32, 32, range(10)) as out:
+        for name, array in zip(ARRAYS, (images[:20], np.arange(20) % 10, images[20:], np.arange(5))):
+            np.save(out / f"{name}.npy", array)
+    experiments.write_images(Path("datasets/images"))
+    tune, report = (read_images("cifar10", f"datasets/images/{part}") for part in ("tune", "report"))
+    for part, held_out, labels in ((tune, images[18:20], [8, 9]), (report, images[20:], [0, 1, 2, 3, 4])):
+        assert (part.train == images[:18]).all() and (part.labels == np.arange(18) % 10).all()
+        assert (part.test == held_out).all() and (part.test_labels == labels).all()
+
+
+def test_a_run_that_was_given_up_is_the_worst(trial, monkeypatch):
+    """A learning rate with which nothing stays finite ends a run, and not the trial."""
+    experiments.write_texts(Path("datasets/trial"), "asyncio")
+    experiments.train_missing(trial, "dense", "--lr 1e30 --steps 20 --warmup 0", experiments.TUNING_SEED)
+    result = experiments.find(trial, "dense", "--lr 1e30 --steps 20 --warmup 0", experiments.TUNING_SEED)
+    assert result["curve"] == [] and experiments.lowest(trial, result) == np.inf
+
+
 def test_a_real_run_and_an_average(trial, monkeypatch, alone):
     """The mean of two models' probabilities, against the models themselves."""
     experiments.write_texts(Path("datasets/trial"), "asyncio")
     with pytest.raises(UserError, match="train.py .*--no-flag .*unrecognized"):
-        experiments.find(trial, "two", "--no-flag", 0, True)
+        experiments.train_missing(trial, "two", "--no-flag", 0)
     monkeypatch.setattr(experiments, "train", lambda flags, out: train.main([*flags, "--out", str(out)]))
-    results = [experiments.find(trial, "two", "", seed, True) for seed in (0, 1)]
+    for seed in (0, 1):
+        experiments.train_missing(trial, "two", "", seed)
+    results = [experiments.find(trial, "two", "", seed) for seed in (0, 1)]
     assert [entry["step"] for entry in results[0]["curve"]] == [2] and results[0]["costs"]["flops"] > 0
     outs = [Path(f"runs/trial/two-{seed}") for seed in (0, 1)]
     text = np.fromfile("datasets/trial/report.txt", np.uint8)

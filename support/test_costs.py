@@ -180,8 +180,8 @@ CAPS = {
     "test_sdp.py": 900,
     "README.md": 220,
     "support": 640,  # of folders what is no test
-    "scripts": 1550,
-    "all that is no test": 4050,
+    "scripts": 1600,
+    "all that is no test": 4120,
 }
 LONGEST_FUNCTION = 60
 
