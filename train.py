@@ -7,18 +7,18 @@
 Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. `main`, at the end, begins.
 """
 
-import json
 import math
 import os
 import signal
+import sys
 import time
 import zlib
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from data import KINDS, load, load_batches
 from masks import UserError
 from model import CONFIGS, build, initial_value, preset, shared_blocks, units_of
 from sdp import SDP, Layout, PeerLost
-from support import checkpoint, costs, launch
+from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
 
@@ -66,7 +66,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
     ("--data", KINDS, "python", "its library's .py files as bytes; any text; or what scripts.prepare made"),
     ("--data-dir", str, None, "folder (default: datasets, or a folder in it); of text also a single file"),
-    ("--steps", at_least(1), None, "updates (default: 300)"),
+    ("--steps", at_least(0), None, "updates (default: 300); 0: only tell what a worker will take"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
     ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
     ("--micro-batches", at_least(1), 1, "parts of a worker's rows; only the last one communicates"),
@@ -82,6 +82,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--compile", bool, False, "torch.compile each block"),
     ("--seed", at_least(0), 0, "of initial values, batches and masks"),
     ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints; without it none is written"),
+    ("--wandb", str, None, "project of Weights & Biases that gets what log.jsonl has"),
     ("--overwrite", bool, False, "replace the run that is in --out"),
     ("--resume", None, None, "go on from this file; without one from --out, if it has a checkpoint"),
     ("--save-every", at_least(0), 500, "steps between checkpoints, 0 = only after the last"),
@@ -92,7 +93,14 @@ DEFAULTS = {  # where a model has others
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
 }  # fmt: skip
-make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Parallelism.", FLAGS)
+TITLES = {
+    "--mask": "method",
+    "--model": "model",
+    "--data": "data",
+    "--steps": "optimisation",
+    "--dtype": "run",
+}
+make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Parallelism.", FLAGS, TITLES)
 
 
 def parse(argv, parser):
@@ -135,7 +143,8 @@ def check_flags(args, saved):
         (args.finish > 1, "finish", "must be at most 1, such as 0.3"),
         (args.drop_path >= 1, "drop_path", "must be below 1, such as 0.1"),
         (args.dropout >= 1, "dropout", "must be below 1, such as 0.1"),
-        (args.steps and args.epochs, "epochs", "not together with --steps; choose one"),
+        (args.wandb and not find_spec("wandb"), "wandb", "needs its package; pip install wandb"),
+        (args.steps is not None and args.epochs, "epochs", "not together with --steps; choose one"),
         (args.workers % processes, "workers", f"must be a multiple of the {processes} processes"),
         (by_machine and args.workers % args.machines, "machines", f"must divide the {args.workers} workers"),
         (args.batch_size % parts, "batch_size", f"must be a multiple of {parts}, the {args.workers} workers"
@@ -203,11 +212,11 @@ def make_plan(args, saved, assign):
         mask = assign(units, groups, holders, args.seed, mask_number, **more)
         return mask if groups == args.workers else masks.spread(mask, units).repeat(args.workers // groups, 0)
 
-    args.steps = args.steps or 300
+    args.steps = 300 if args.steps is None else args.steps
     if args.epochs:
         args.steps = math.ceil(args.epochs * data.epoch_size / args.batch_size)
     progress = dict(saved["progress"] if saved else checkpoint.START)
-    if progress["step"] > args.steps:
+    if progress["step"] > args.steps > 0:
         raise UserError(f"--steps {args.steps}: {saved['path']} has {progress['step']} already; choose more")
     return Plan(args, saved, data, data.fingerprint(), whole, shared, units, draw_mask, progress)
 
@@ -271,15 +280,15 @@ def update(engine, batches, args, step, lr, *numbers):
     return norm, loss_sum / args.workers, *sums
 
 
-def train(plan, engine, store, caught, log, before_step=None):
-    """The loop, from plan.progress on, which it keeps up. Writes each step to `log`, a file or None. A signal
+def train(plan, engine, store, caught, record, before_step=None):
+    """The loop, from plan.progress on, which it keeps up. Calls record(entry) after each step. A signal
     that any process has caught stops all of them. Returns (phases, what the last validation found)."""
-    args, data, progress, phases, metrics = plan.args, plan.data, plan.progress, [], None
+    args, data, progress, phases, metrics = plan.args, plan.data, plan.progress, [], {}
     first_step = progress["step"] + 1
     mask_number, mode = plan.setting(first_step)
     phase = costs.Phase(plan, engine, mode)
     bar = tqdm(range(first_step, args.steps + 1), initial=first_step - 1, total=args.steps,
-               disable=engine.rank != 0, unit="step", mininterval=0.5)  # fmt: skip
+               disable=True if engine.rank else None, unit="step", mininterval=0.5)  # fmt: skip
     with ThreadPoolExecutor(1) as loader, bar:
         coming = loader.submit(load_batches, data, engine, args, first_step)
         for step in bar:
@@ -299,19 +308,20 @@ def train(plan, engine, store, caught, log, before_step=None):
             phase.milliseconds.append(1e3 * (time.perf_counter() - began))
             entry = keep_count(plan, phase, step, norm, loss, lr, sent) | more
             speed = args.batch_size * data.items_per_row / phase.milliseconds[-1] * 1e3
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} {data.items}/s", refresh=False)
+            told = f"loss {loss:.3f}, {speed:,.0f} {data.items}/s"
             if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-                metrics = validate(plan, engine, bar, step)
+                left = np.median(phase.milliseconds) / 1e3 * (args.steps - step)
+                metrics = validate(plan, engine, step, f", {told}, {tqdm.format_interval(left)} left")
                 entry |= metrics
-            if log:
-                print(json.dumps(entry), file=log, flush=True)
+            bar.set_postfix_str(f"{told}, val_loss {metrics['val_loss']}" if metrics else told, refresh=False)
+            record(entry)
             if progress["in_a_row"] == PATIENCE:
                 steps = f"{PATIENCE} steps in a row, up to step {step}"
                 raise UserError(f"--lr {args.lr:g}: nothing finite in {steps}, and none applied; try less")
             if stop:
                 break
             if args.save_every and step % args.save_every == 0 and step < args.steps:
-                save(plan, engine, log)  # the last one is saved when all else is done
+                save(plan, engine)  # the last one is saved when all else is done
     phases.append(phase.end())
     return phases, metrics
 
@@ -333,16 +343,18 @@ def keep_count(plan, phase, step, norm, loss, lr, sent):
     return entry
 
 
-def validate(plan, engine, bar, step):
+def validate(plan, engine, step, told=""):
     """Validate the whole model. Returns {"val_loss": nats per item, or None, "val_accuracy": share}."""
     with whole_model(engine, plan.data, plan.args.seed) as model:
         loss, accuracy = evaluate(model, plan.data, plan.args.batch_size, engine.device)
     if engine.rank == 0:
-        bar.write(f"step {step}: val_loss {loss:.4f} nats per {plan.data.item}, accuracy {accuracy:.4f}")
+        line = f"step {step}: val_loss {loss:.4f} nats per {plan.data.item}, accuracy {accuracy:.4f}{told}"
+        tqdm.write(line)
+        sys.stdout.flush()  # also where it is no terminal
     return {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}
 
 
-def save(plan, engine, log):
+def save(plan, engine):
     """Write a checkpoint, if there is an --out. All processes take part; raises UserError on all."""
     args, config, buffers = plan.args, plan.whole.config, {}
     if not args.out:
@@ -352,38 +364,7 @@ def save(plan, engine, log):
             buffers = {name: buffer.cpu() for name, buffer in trained.named_buffers()}
     shape = {field: value for field, value in asdict(config).items() if field not in OF_TRAINING}
     known = {"progress": plan.progress, "fingerprint": plan.fingerprint, "config": shape, "flags": vars(args)}
-    checkpoint.save(engine, known, buffers, Path(args.out), log)
-
-
-def announce(plan, mask, device):
-    """Print who holds what, what a step is, and where the run goes on."""
-    args, (params, shared) = plan.args, plan.count_params(mask)
-    print(masks.describe(mask, plan.units, 1 if args.mask == "none" else args.coverage, args.machines))
-    blocks = f", with blocks {', '.join(map(str, sorted(plan.shared_blocks)))}" if plan.shared_blocks else ""
-    print(f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{blocks}")
-    processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
-    rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
-    print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
-    own = "rows of the batch and subnetwork" if args.mask == "forward" else "rows of the batch"
-    print(f"loss: the mean over the workers, each on its own {own}; val_loss: of the whole model", flush=True)
-    if plan.saved:
-        changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
-        print(f"after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
-    if plan.progress["step"] == args.steps:
-        print("there is nothing to train; more --steps go on")
-
-
-def summarise(plan, engine, mask, phases, metrics):
-    """Print the table, and return what belongs into summary.json."""
-    args, (params, shared) = plan.args, plan.count_params(mask)
-    summary = {
-        "config": vars(args), "model": asdict(plan.whole.config), "steps": args.steps, "params": params,
-        "workers": args.workers, "processes": engine.processes, "machines": args.machines,
-        "holders_per_unit": int(mask[:, 0].sum()), "coverage": float(mask[:, 0].mean()),
-        "spectral_gap": masks.spectral_gap(mask), "shared_params": shared,
-        "skipped_steps": plan.progress["skipped"],
-    } | {f"final_{name}": value for name, value in metrics.items()}  # fmt: skip
-    return summary | costs.summarise(args, plan.whole.config, engine, phases)
+    checkpoint.save(engine, known, buffers, Path(args.out))
 
 
 def run(plan, mask, mode, device, store, engine_class, before_step):
@@ -399,24 +380,22 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
     args.machines = args.machines or machines
     engine = make_engine(plan, mask, mode, device, engine_class, machines)
     if rank_0:
-        announce(plan, mask, device)
+        report.announce(plan, mask, device)
     plan.data = plan.data.to(device)
     if plan.progress["step"] == args.steps:
-        validate(plan, engine, tqdm, args.steps)
+        validate(plan, engine, args.steps)
         return launch.shut_down()
     if out:
         checkpoint.clear_folder(out, saved)  # only now, when all processes agree
     with (
         launch.catch_signals(signal.SIGINT, signal.SIGTERM) as caught,
-        checkpoint.open_log(out, saved) if out else nullcontext() as log,
+        report.open_records(args, saved) as record,
     ):
-        phases, metrics = train(plan, engine, store, caught, log, before_step)
+        phases, metrics = train(plan, engine, store, caught, record, before_step)
         finished = plan.progress["step"] == args.steps
-        if finished and rank_0:
-            summary = summarise(plan, engine, mask, phases, metrics)
-            if out:
-                (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        save(plan, engine, log)
+        if finished:
+            report.finish(plan, engine, mask, phases, metrics)
+        save(plan, engine)
         launch.shut_down()
     if rank_0 and not finished:
         print(f"stopped by a signal after step {plan.progress['step']}{'; --resume goes on' if out else ''}")
@@ -430,6 +409,8 @@ def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
     args, saved = parse(argv, parser)
     try:
         plan = make_plan(args, saved, assign)
+        if args.steps == 0:
+            return report.forecast(plan, make_engine, engine)
         mask_number, mode = plan.setting(plan.progress["step"] + 1)
         mask = plan.draw_mask(mask_number)
         if args.out and os.environ.get("RANK", "0") == "0":

@@ -81,11 +81,9 @@ DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside
 RATE = ("--lr 6e-3",)  # beside the default, 3e-3
 DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
 MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
-RATES = ("--lr 1.5e-3", "--lr 6e-3")
-DENSE_NEW = (("--drop-path 0.1", "--dropout 0.1"), ("--weight-decay 0.3",), RATES)
-MASKED_NEW = (("--workers 8", "--resample 100"), ("--weight-decay 0.3",), RATES)
-DECAY_IMAGES = ("--weight-decay 2e-3", "--weight-decay 5e-3")  # beside the default, 5e-4
-DENSE_IMAGES, MASKED_IMAGES = (("--dropout 0.1",), DECAY_IMAGES), (("--resample 10",), DECAY_IMAGES)
+DENSE_NEW = (("--dropout 0.1",), ("--weight-decay 0.3",), RATE)
+MASKED_NEW = (("--resample 100",), ("--weight-decay 0.3",), RATE)
+ROUNDS_IMAGES = (("--weight-decay 2e-3", "--weight-decay 5e-3"),)  # beside the default, 5e-4
 
 SMALL = "--mask none --layers 3"
 ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2"  # a model with the rows of one worker
@@ -125,10 +123,10 @@ EXPERIMENTS = {
         "--data cifar10 --data-dir datasets/images/{part}",
         IMAGES,
         {
-            "dense": Arm("--mask none --width 16 --epochs 5", DENSE_IMAGES),
-            "small dense": Arm("--mask none --width 8 --epochs 20", DENSE_IMAGES),
-            "forward, neurons": Arm("--mask forward --units neuron --width 16 --epochs 20", MASKED_IMAGES),
-            "forward, blocks": Arm("--mask forward --width 16 --epochs 20", MASKED_IMAGES),
+            "dense": Arm("--mask none --width 16 --epochs 5", ROUNDS_IMAGES),
+            "small dense": Arm("--mask none --width 8 --epochs 20", ROUNDS_IMAGES),
+            "forward, neurons": Arm("--mask forward --units neuron --width 16 --epochs 20", ROUNDS_IMAGES),
+            "forward, blocks": Arm("--mask forward --width 16 --epochs 20", ROUNDS_IMAGES),
         },
         score="error",
     ),

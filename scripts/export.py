@@ -8,6 +8,8 @@ With --coverage 0.5 a random half of the units, for model.build(config, {layer: 
 
 import json
 import tempfile
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,13 +79,24 @@ def llama_weights(model):
 
 
 def write_llama(model, path):
-    """Write a folder, whole or not at all. Raises UserError, OSError, or torch's writer RuntimeError."""
-    about = describe_llama(model)
+    """Write a folder, whole or not at all: with model.safetensors where safetensors is installed, else with
+    pytorch_model.bin. Raises UserError, OSError, or torch's writer RuntimeError."""
+    about, weights = describe_llama(model), llama_weights(model)
+    tokens = "bytes, 0 to 255: bytes(tokens) is the text"
+    if model.config.vocabulary != 256:
+        tokens = 'those of GPT-2: transformers.AutoTokenizer.from_pretrained("gpt2")'
     with tempfile.TemporaryDirectory(dir=path.parent) as part:
         folder = Path(part, "llama")
         folder.mkdir()
-        save_file(llama_weights(model), folder / "pytorch_model.bin")
+        if find_spec("safetensors"):
+            content = import_module("safetensors.torch").save(weights, {"format": "pt"})
+            (folder / "model.safetensors").write_bytes(content)
+        else:
+            save_file(weights, folder / "pytorch_model.bin")
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        (folder / "README.md").write_text(
+            f"A GPT for transformers' LlamaForCausalLM. Its tokens are {tokens}.\n"
+        )
         folder.rename(path)
 
 

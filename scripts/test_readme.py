@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 
@@ -40,7 +41,8 @@ def parse(command):
         words = words[1:]
     program, *arguments = words
     if program in ("train.py", "scripts.alignment", "scripts.bench", "scripts.flops"):
-        arguments += ["--steps", "2", "--eval-batches", "1", "--context", "32", "--layers", "3"]
+        few = [] if ("--steps", "0") in pairwise(arguments) else ["--steps", "2"]
+        arguments += [*few, "--eval-batches", "1", "--context", "32", "--layers", "3"]
     return n, program, arguments
 
 

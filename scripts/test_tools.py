@@ -18,7 +18,7 @@ import train
 from data import load
 from masks import Unit, UserError, assign, spectral_gap
 from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetConfig, build, units_of
-from scripts import sample, sweep
+from scripts import export, sample, sweep
 from scripts.cut import check_coverage, choose, cut
 from scripts.export import load_model
 from support import evaluation
@@ -212,7 +212,10 @@ def test_what_is_cut_follows_from_the_training(tmp_path, trained, trained_with, 
 def llama_logits(folder, x):
     """What transformers' LlamaForCausalLM computes of the files in a folder, here in float64."""
     about = json.loads((folder / "config.json").read_text())
-    saved = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    if (folder / "model.safetensors").exists():
+        saved = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
+    else:
+        saved = torch.load(folder / "pytorch_model.bin", weights_only=True)
     weights = {name.removesuffix(".weight"): weight.double() for name, weight in saved.items()}
     heads, size = about["num_attention_heads"], about["head_dim"]
     frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -248,7 +251,9 @@ LLAMAS = {"whole": (1, "neuron", 4), "neuron": (0.6, "neuron", 2), "block": (0.5
 
 
 @pytest.mark.parametrize("coverage, kind, heads", LLAMAS.values(), ids=LLAMAS)
-def test_an_export_is_a_llama(tmp_path, trained, coverage, kind, heads):
+def test_an_export_is_a_llama(tmp_path, trained, monkeypatch, coverage, kind, heads):
+    if coverage < 1:  # the whole one is written by safetensors, where it is installed
+        monkeypatch.setattr(export, "find_spec", lambda name: None)
     flags = [] if coverage == 1 else ["--coverage", f"{coverage}", "--units", kind, "--seed", "2"]
     run("export", trained / "ckpt.pt", tmp_path / "llama", "--hf", *flags)
     dense = load_model(trained / "ckpt.pt")
@@ -256,6 +261,7 @@ def test_an_export_is_a_llama(tmp_path, trained, coverage, kind, heads):
     part = cut(dense, units, choose(units, coverage, seed=2)).double()
     assert list(part.blocks) == (["1"] if kind == "block" else ["0", "1"])
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["num_attention_heads"] == heads
+    assert "Its tokens are bytes" in (tmp_path / "llama" / "README.md").read_text()
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32)))
     torch.testing.assert_close(llama_logits(tmp_path / "llama", x), part(x), rtol=1e-5, atol=1e-5)
     if importlib.util.find_spec("transformers"):
@@ -271,9 +277,10 @@ def test_an_export_is_a_llama(tmp_path, trained, coverage, kind, heads):
 
 @pytest.mark.parametrize("hf", [[], ["--hf"]], ids=["file", "folder"])
 def test_an_export_is_whole_or_not_there(monkeypatch, error, tmp_path, trained, hf):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)  # no safetensors
     run("export", trained / "ckpt.pt", tmp_path / "good", *hf)
     names = sorted(path.name for path in tmp_path.rglob("*"))
-    assert names == (["config.json", "good", "pytorch_model.bin"] if hf else ["good"])
+    assert names == (["README.md", "config.json", "good", "pytorch_model.bin"] if hf else ["good"])
 
     def fail(content, file):
         file.write(b"the beginning")
@@ -286,26 +293,45 @@ def test_an_export_is_whole_or_not_there(monkeypatch, error, tmp_path, trained, 
 
 def test_samples(said, trained):
     """The same for the same seed; at temperature 0 the most likely after --context tokens at most."""
-    flags = [trained / "ckpt.pt", "--prompt", "import", "--tokens", 40]
-    first, again, other = (said("sample", *flags, "--seed", seed) for seed in (1, 1, 2))
+    flags = ["--prompt", "import", "--tokens", 40]
+    first, again, other = (
+        said("sample", *where, *flags, "--seed", seed)
+        for where, seed in (([trained / "ckpt.pt"], 1), (["--out", trained], 1), (["--out", trained], 2))
+    )
     assert first == again != other and first.startswith("import")
     model, tokens = load_model(trained / "ckpt.pt"), list(b"import")
     for _ in range(40):
         logits = model(torch.tensor([tokens[-32:]]))  # 32: TINY's --context
         tokens.append(logits[0, -1].argmax().item())
     text = bytes(tokens).decode(errors="replace")
-    assert said("sample", *flags, "--temperature", 0) == f"{text}\n"
+    assert said("sample", "--out", trained, *flags, "--temperature", 0) == f"{text}\n"
+
+
+def test_samples_come_as_they_are_made(trained, monkeypatch, capsys):
+    """Also a character of two bytes, which is there with the second one."""
+    printed = []
+
+    def made(*_):
+        for byte in "aé".encode():
+            printed.append(capsys.readouterr().out)
+            yield byte
+
+    monkeypatch.setattr(sample, "continue_text", made)
+    sample.main(["--out", str(trained), "--prompt", "x"])
+    assert [*printed, capsys.readouterr().out] == ["x", "a", "", "é\n"]
 
 
 def test_samples_of_gpt2s_tokens(monkeypatch):
     """By tiktoken, without the numbers that a model has beyond GPT-2's."""
-    gpt2 = SimpleNamespace(encode_ordinary=len, decode=list, n_vocab=50257)
+    gpt2 = SimpleNamespace(encode_ordinary=len, n_vocab=50257)
+    gpt2.decode_single_token_bytes = lambda token: str(token).encode()
     monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding={"gpt2": gpt2}.get))
-    encode, decode = sample.codec(50304)
-    assert encode("abc") == 3 and decode([5, 50256, 50257, 50303]) == [5, 50256]
+    encode, decode = sample.tokenizer(50304)
+    assert encode("abc") == 3
+    assert [decode(token) for token in (5, 50256, 50257, 50303)] == [b"5", b"50256", b"", b""]
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # is not installed
     with pytest.raises(UserError, match="pip install tiktoken"):
-        sample.codec(50304)
+        sample.tokenizer(50304)
 
 
 # ---- before training

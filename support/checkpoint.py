@@ -78,7 +78,7 @@ def save_file(content, path, previous=None):
         part.unlink(missing_ok=True)
 
 
-def save(engine, content, buffers, out, log):
+def save(engine, content, buffers, out):
     """Write a checkpoint of what an engine has, and `content`, into the folder of --out. All processes take
     part, and raise UserError where it cannot be written. buffers: further tensors of the model."""
     model, optimizer = gather_state(engine)
@@ -86,7 +86,8 @@ def save(engine, content, buffers, out, log):
     if engine.rank == 0:
         content = {"format": FORMAT, **content, "model": model | buffers, "optimizer": optimizer}
         try:
-            os.fsync(log.fileno())
+            with open(out / "log.jsonl", "a") as log:
+                os.fsync(log.fileno())
             save_file(content, out / LATEST, previous=out / PREVIOUS)
         except (OSError, RuntimeError) as error:
             reason, free = " ".join(str(error).split())[:200], shutil.disk_usage(out).free / 1e6

@@ -15,6 +15,8 @@ from sdp import add_up, peers
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+MEMORY = ("weight_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes")  # of a row of costs
+SENT = ("push_bytes", "pull_bytes")
 ATTENTION_ON_CPU = {  # FlopCounterMode counts 0 for these two
     kernel: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     backward_kernel: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
@@ -146,7 +148,10 @@ def over_phases(phases):
 def summarise(args, config, engine, phases):
     """Print the table of what was measured. Returns it for summary.json."""
     per_worker, dense = over_phases(phases), dense_worker(args, config, engine)
-    print(table(per_worker, dense))
+    numeric = [key for key, value in per_worker[0].items() if value is not None]
+    mean = {key: np.mean([row[key] for row in per_worker]) for key in numeric}
+    largest = {key: max(row[key] for row in per_worker) for key in numeric}
+    print(table(("mean", "largest", "dense DDP"), (mean, largest, dense)))
     if args.capacity:
         held = ("weight_bytes", "grad_bytes", "optimizer_bytes")
         memory = ", ".join(f"{sum(row[key] for key in held) / 1e6:.3f}" for row in per_worker)
@@ -156,27 +161,50 @@ def summarise(args, config, engine, phases):
     turns = args.workers // engine.processes
     if turns > 1:
         print(f"a process plays {turns} workers, which share its master, optimizer and mean gradient")
+    print(savings(mean, dense, turns))
     summary = {"step_ms_median": phases[-1]["step_ms_median"], "per_worker": per_worker}
     return summary | {"phases": phases, "dense": dense}
 
 
-def table(per_worker, dense):
-    """What was measured, as text: the mean over the workers and the largest, beside a dense worker."""
-    lines = [f"{'per worker':<28}{'mean':>14}{'largest':>14}{'dense DDP':>14}{'mean / dense':>14}"]
+def savings(mean, dense, turns):
+    """What a worker saved, in a line. mean, dense: rows of costs."""
+
+    def percent(keys):
+        return f"{100 * sum(mean[key] for key in keys) / sum(dense[key] for key in keys):.0f} %"
+
+    if turns > 1:
+        return f"a worker computed {percent(['flops'])} of DDP's FLOPs; for memory and bytes see --steps 0"
+    line = f"a worker kept {percent(MEMORY)} of DDP's memory, computed {percent(['flops'])} of its FLOPs"
+    return f"{line}, sent {percent(SENT)} of its bytes" if dense["push_bytes"] else line
+
+
+def compare(row, dense, processes):
+    """The table of what the fullest worker will take, beside dense ones of torch's FSDP (ZeRO-3, without the
+    layers that it gathers) and DDP. row, dense: in the keys of `gather_costs`."""
+    fsdp = dense | {key: dense[key] / processes for key in MEMORY if key != "activation_bytes"}
+    fsdp["pull_bytes"] = 2 * dense["pull_bytes"]  # weights are gathered once in each direction
+    rows = row, fsdp, dense
+    for each in rows:
+        each["memory_bytes"] = sum(each[key] for key in MEMORY)
+    return table(("fullest", "FSDP", "dense DDP"), rows)
+
+
+def table(titles, rows):
+    """Rows of costs as the columns of a text, with their titles. The last row is that of a dense worker."""
+    lines = [f"{'per worker':<28}{''.join(f'{title:>14}' for title in titles)}{titles[0] + ' / dense':>17}"]
     for key, title, unit in (
         ("weight_bytes", "weights, MB", 1e6),
         ("grad_bytes", "gradients, MB", 1e6),
         ("optimizer_bytes", "master + optimizer, MB", 1e6),
         ("activation_bytes", "activations saved, MB", 1e6),
+        ("memory_bytes", "all of these, MB", 1e6),
         ("push_bytes", "pushed per step, MB", 1e6),
         ("pull_bytes", "pulled per step, MB", 1e6),
         ("between_machines_bytes", "to other machines, MB", 1e6),
         ("flops", "GFLOP per step", 1e9),
     ):
-        if key == "between_machines_bytes" and not dense[key]:  # there is one machine
-            continue
-        values = [row[key] / unit for row in per_worker]
-        middle, largest, of_dense = np.mean(values), max(values), dense[key] / unit
-        ratio = f"{middle / of_dense:.3f}" if of_dense else "-"
-        lines.append(f"{title:<28}{middle:>14.3f}{largest:>14.3f}{of_dense:>14.3f}{ratio:>14}")
+        values = [row.get(key, 0) / unit for row in rows]
+        if values[-1] or key in SENT:  # there may be one machine
+            ratio = f"{values[0] / values[-1]:.3f}" if values[-1] else "-"
+            lines.append(f"{title:<28}{''.join(f'{value:>14.3f}' for value in values)}{ratio:>17}")
     return "\n".join(lines)

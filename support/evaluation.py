@@ -1,4 +1,4 @@
-"""The whole model, with the statistics of batch norm by which it is evaluated, and its loss."""
+"""The whole model, with the statistics of batch norm by which it is evaluated, its loss, and its text."""
 
 from contextlib import contextmanager
 
@@ -68,3 +68,17 @@ def evaluate(model, data, batch_size, device):
         totals += cross_entropy(logits, y).item() * y.numel(), right, y.numel()
     loss, right, items = add_up(totals.tolist())
     return loss / items, right / items
+
+
+@torch.no_grad()
+def continue_text(model, tokens, count, temperature=0.8, seed=0):
+    """Yield `count` tokens with which a whole GPT goes on after `tokens`, each as soon as it is chosen:
+    by chance, or at a temperature of 0 the likeliest."""
+    tokens, generator = list(tokens), torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    for _ in range(count):
+        window = torch.tensor([tokens[-model.config.context :]], device=device)  # (1, up to context)
+        logits = model(window)[0, -1].double().cpu()  # (vocabulary,)
+        chances = torch.softmax(logits / max(temperature, 1e-9), dim=0)  # at 0: 1 for the likeliest
+        tokens.append(torch.multinomial(chances, 1, generator=generator).item())
+        yield tokens[-1]

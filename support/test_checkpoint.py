@@ -117,7 +117,7 @@ def test_resume_begins_where_there_is_nothing(alone, monkeypatch, capsys, tmp_pa
     run(*TINY, "--steps", 2, "--out", out, "--resume")
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert {path.name for path in before} == {LATEST, "log.jsonl", "summary.json"}
-    validated = re.search(r"step 2: val_loss .*", capsys.readouterr().out)[0]
+    validated = re.search(r"step 2: val_loss .* accuracy [0-9.]+", capsys.readouterr().out)[0]
     run(*TINY, "--steps", 2, "--out", out, "--resume")  # nothing is left to be done, and nothing changes
     printed = capsys.readouterr().out
     assert "nothing to train" in printed and validated in printed

@@ -1,0 +1,143 @@
+"""What a run tells: who holds what, what it will cost, its log, what it saved, and a sample of its text."""
+
+import json
+import os
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import masks
+from masks import UserError
+from model import example
+from support import checkpoint, costs, launch
+from support.evaluation import continue_text
+
+SAMPLE = 200  # bytes
+
+
+def announce(plan, mask, device):
+    """Print who holds what, what a step is, and where the run goes on."""
+    args = plan.args
+    print_mask(plan, mask)
+    processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
+    rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
+    print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
+    own = "rows of the batch and subnetwork" if args.mask == "forward" else "rows of the batch"
+    print(f"loss: the mean over the workers, each on its own {own}; val_loss: of the whole model", flush=True)
+    if plan.saved:
+        changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
+        print(f"after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
+    if plan.progress["step"] == args.steps:
+        print("there is nothing to train; more --steps go on")
+
+
+def print_mask(plan, mask):
+    args, (params, shared) = plan.args, plan.count_params(mask)
+    coverage = 1 if args.mask == "none" else args.coverage
+    print(masks.describe(mask, plan.units, coverage, args.machines or 1))
+    blocks = f", with blocks {', '.join(map(str, sorted(plan.shared_blocks)))}" if plan.shared_blocks else ""
+    print(f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{blocks}")
+
+
+def forecast(plan, make_engine, engine_class):
+    """Print what the fullest worker will take in a step, beside torch's FSDP and DDP. It plays a step on
+    tensors that have shapes and no memory, among processes that are not there: as many as were started, or
+    one for each worker. make_engine(plan, mask, mode, device, engine_class, machines) makes the engine.
+    Returns (the worker's costs, those of DDP), in the keys of `costs.gather_costs`."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    args, config, device, mask = plan.args, plan.whole.config, torch.device("cpu"), plan.draw_mask(0)
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    args.dtype = args.dtype or launch.default_dtype(torch.device("cuda" if on_gpu else "cpu"))
+    mode = "backward" if args.finish else args.mask  # what takes most
+    print_mask(plan, mask)
+    worker = int((mask @ masks.costs(plan.units)).argmax())
+    processes = args.workers if launch.world_size() == 1 else launch.world_size()
+    machines = args.machines or launch.count_machines()
+    rank, passes = worker * processes // args.workers, args.micro_batches
+    rows = args.batch_size // sum(args.rows) * args.rows[worker] // passes
+    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    arrived = torch.futures.Future()
+    arrived.set_result(None)
+    with FakeTensorMode(), mock.patch.object(dist, "all_to_all_single", lambda *_, **__: arrived):
+        engine = make_engine(plan, mask, mode, device, engine_class, machines)
+        with engine.turn(worker, passes) as model:
+            for _ in range(passes):
+                with costs.measured(passes) as cost:
+                    model(*example(config, rows)).backward()
+        engine.optimizer.step()  # for its state
+    row = engine.memory(worker) | cost
+    row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
+    dense = costs.dense_worker(args, config, engine)
+    dist.destroy_process_group()
+    print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
+    print(costs.compare(row, dense, processes))
+    return row, dense
+
+
+@contextmanager
+def open_records(args, saved):
+    """`with open_records(...) as record:` record(entry) writes a step's entry, on rank 0, to log.jsonl of
+    --out, and to --wandb. Raises UserError where Weights & Biases cannot be used."""
+    with ExitStack() as stack:
+        log, tracker = None, None
+        if args.out and dist.get_rank() == 0:
+            log = stack.enter_context(checkpoint.open_log(Path(args.out), saved))
+        if args.wandb and dist.get_rank() == 0:
+            tracker = stack.enter_context(start_wandb(args))
+
+        def record(entry):
+            if log:
+                print(json.dumps(entry), file=log, flush=True)
+            if tracker:
+                tracker.log(entry, step=entry["step"])
+
+        yield record
+
+
+def start_wandb(args):
+    """A run of Weights & Biases, with all flags. Raises UserError."""
+    import wandb
+
+    try:
+        return wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+    except wandb.Error as error:
+        raise UserError(f"--wandb {args.wandb}: {' '.join(str(error).split())}") from error
+
+
+def finish(plan, engine, mask, phases, metrics):
+    """Print the table of costs and a sample, and write summary.json. All processes take part."""
+    args = plan.args
+    if engine.rank == 0:
+        summary = summarise(plan, engine, mask, phases, metrics)
+        if args.out:
+            Path(args.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if getattr(plan.whole.config, "vocabulary", None) == 256:
+        print_sample(engine, args.seed)
+
+
+def summarise(plan, engine, mask, phases, metrics):
+    """Print the table, and return what belongs into summary.json."""
+    args, (params, shared) = plan.args, plan.count_params(mask)
+    summary = {
+        "config": vars(args), "model": asdict(plan.whole.config), "steps": args.steps, "params": params,
+        "workers": args.workers, "processes": engine.processes, "machines": args.machines,
+        "holders_per_unit": int(mask[:, 0].sum()), "coverage": float(mask[:, 0].mean()),
+        "spectral_gap": masks.spectral_gap(mask), "shared_params": shared,
+        "skipped_steps": plan.progress["skipped"],
+    } | {f"final_{name}": value for name, value in metrics.items()}  # fmt: skip
+    return summary | costs.summarise(args, plan.whole.config, engine, phases)
+
+
+def print_sample(engine, seed):
+    """Print how a GPT of bytes goes on after a new line. All processes take part."""
+    with engine.whole() as model, torch.compiler.set_stance("force_eager"):
+        if engine.rank == 0:
+            text = bytes(continue_text(model, b"\n", SAMPLE, seed=seed)).decode(errors="replace")
+            print(f"a sample of {SAMPLE} bytes:\n{text}", flush=True)
