@@ -111,6 +111,8 @@ def read_bytes(path, context=128, tests=1, ending=""):
     this ending. There a hash of the path in the folder decides what is held out, on any machine. Raises
     UserError."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"--data-dir {path}: there is no such file or folder; name one")
     if path.is_file():
         tokens = np.fromfile(path, np.uint8)
         train, held_out = np.split(tokens, [len(tokens) * 9 // 10])

@@ -225,8 +225,9 @@ def picture(mask, units, machines=1, width=120):
 
 def describe(mask, units, asked, machines=1):
     """The picture, the coverage that was asked and given, how even the load is, and the spectral gap."""
-    coverage = f"coverage: asked {asked:g}, given {mask[:, 0].mean():g}"
-    coverage += f" ({mask[:, 0].sum()} of {len(mask)} workers hold each unit)"
+    fewest, most = mask.sum(axis=0).min(), mask.sum(axis=0).max()
+    holders = fewest if fewest == most else f"{fewest} to {most}"
+    given = f"{mask.mean():g} ({holders} of {len(mask)} workers hold each unit)"
     params, flops = mask @ costs(units), mask @ np.array([unit.flops for unit in units])  # each [workers]
     load = f"load: the fullest worker has the mean {imbalance(params):.3f} times in parameters"
     if flops.any():
@@ -235,7 +236,7 @@ def describe(mask, units, asked, machines=1):
     apart = f"{groups} groups of workers share no unit: --resample, --keep or a larger --coverage helps"
     together = "all workers are connected" if groups == 1 else apart
     gap = f"spectral gap: {spectral_gap(mask):.3f} ({together}; full masks give 1)"
-    return "\n".join([picture(mask, units, machines), coverage, load, gap])
+    return "\n".join([picture(mask, units, machines), f"coverage: asked {asked:g}, given {given}", load, gap])
 
 
 def main():

@@ -8,7 +8,6 @@ Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. `ma
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ import masks
 from data import KINDS, load, load_batches
 from masks import UserError
 from model import CONFIGS, build, initial_value, preset, shared_blocks, units_of
-from sdp import SDP, Layout, PeerLost
+from sdp import SDP, Layout, PeerLost, peers
 from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
@@ -41,19 +40,19 @@ OF_TRAINING = ("drop_path", "dropout", "checkpoint_activations")  # likewise, bu
 OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --resume may not change
 
 FLAGS = (  # name, type or choices, default, meaning
-    ("--mask", masks.MODES, "backward", "backward: only held units learn; forward: only they exist"),
+    ("--mask", masks.MODES, "backward", "backward: gradients only of held units; forward: only they exist"),
     ("--units", ("block", "neuron"), "block", "residual blocks; or heads, groups of neurons and of channels"),
     ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
     ("--assign", ("worker", "machine"), "worker", "machine: all workers of a machine hold the same units"),
-    ("--machines", at_least(1), None, "of --assign machine, which one can play (default: torchrun's)"),
+    ("--machines", at_least(1), None, "for --assign machine: how many there are (default: torchrun's)"),
     ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of units and owned values"),
-    ("--rows", whole_numbers, None, "of a batch: each worker's share, as 2,1,1,1 (default: equal)"),
+    ("--rows", whole_numbers, None, "each worker's share of a batch, as 2,1,1,1 (default: equal)"),
     ("--resample", at_least(0), 0, "steps between new masks, 0 = never"),
     ("--finish", at_least(0, float), 0.0, "last fraction of a forward-masked run with backward masking"),
     ("--keep", str, "none", "blocks that all hold: none, ends, strided (of a ResNet), or numbers as 0,5"),
     ("--workers", at_least(1), None, "N, a multiple of the processes (default: as many; 4 of one process)"),
-    ("--model", tuple(CONFIGS), "gpt", "the last two have defaults of their own, see DEFAULTS in train.py"),
-    ("--size", str, None, "preset of the shape, see SIZES in model.py (default: the first that fits)"),
+    ("--model", tuple(CONFIGS), "gpt", "vit, resnet18: with defaults of their own, see DEFAULTS in train.py"),
+    ("--size", str, None, "preset of the shape, as 10m, 134m, 1b of a gpt (default: the first that fits)"),
     ("--layers", at_least(1), None, "transformer blocks (default: as --size)"),
     ("--width", at_least(1), None, "residual stream; of a ResNet the first stage (default: as --size; 64)"),
     ("--heads", at_least(1), None, "attention heads of a block (default: as --size)"),
@@ -64,7 +63,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--drop-path", at_least(0, float), 0.0, "stochastic depth: chance of a row to skip a branch"),
     ("--dropout", at_least(0, float), 0.0, "chance of a number to be 0, in the places of nanoGPT"),
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
-    ("--data", KINDS, "python", "its library's .py files as bytes; any text; or what scripts.prepare made"),
+    ("--data", KINDS, "python", "Python's own library, in bytes; any text; or what scripts.prepare made"),
     ("--data-dir", str, None, "folder (default: datasets, or a folder in it); of text also a single file"),
     ("--steps", at_least(0), None, "updates (default: 300); 0: only tell what a worker will take"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
@@ -134,6 +133,7 @@ def check_flags(args, saved):
     args.machines = args.machines or (launch.count_machines() if by_machine else None)
     for wrong, flag, remedy in (
         (by_machine and args.machines == 1, "assign", "needs several machines; --machines 2 plays two"),
+        (args.machines and not by_machine, "machines", "is for --assign machine"),
         (by_machine and args.capacity, "capacity", "is not for --assign machine"),
         (len(args.rows) != args.workers, "rows", one_each),
         (len(args.capacity or args.rows) != args.workers, "capacity", one_each),
@@ -204,12 +204,14 @@ def make_plan(args, saved, assign):
         units = units_of(whole, args.units, shared)
     groups = args.machines if args.assign == "machine" else args.workers  # whose workers hold the same
     holders = masks.holders_per_unit(args.coverage, groups)  # also where it decides nothing
-    more = {"capacity": args.capacity} if args.capacity else {}
+    by_capacity = {"capacity": args.capacity} if args.capacity else {}
 
     def draw_mask(mask_number):
         if args.mask == "none":
             return np.ones((args.workers, len(units)), dtype=bool)
-        mask = assign(units, groups, holders, args.seed, mask_number, **more)
+        mask = assign(units, groups, holders, args.seed, mask_number, **by_capacity)
+        if np.shape(mask) != (groups, len(units)) or not (mask.any(axis=0).all() and mask.any(axis=1).all()):
+            raise ValueError("assign: must return [workers, units], where all units and workers have some")
         return mask if groups == args.workers else masks.spread(mask, units).repeat(args.workers // groups, 0)
 
     args.steps = 300 if args.steps is None else args.steps
@@ -229,8 +231,8 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
 
     def build_units(units):
         model = build(plan.whole.config, units)
+        torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
         for block in model.blocks.values() if args.compile else ():
-            torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
             block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
         return model
 
@@ -292,8 +294,9 @@ def train(plan, engine, store, caught, record, before_step=None):
     with ThreadPoolExecutor(1) as loader, bar:
         coming = loader.submit(load_batches, data, engine, args, first_step)
         for step in bar:
-            store.set(launch.HEARTBEAT.format(engine.rank), str(step))
-            batches = coming.result()  # before the workers change, whom the loader asks for
+            with peers():
+                store.set(launch.HEARTBEAT.format(engine.rank), str(step))
+            batches = coming.result()  # the loader reads engine.workers, which may change now
             if plan.setting(step) != (mask_number, mode):
                 mask_number, mode = plan.setting(step)
                 if mode != phase.mode:
@@ -302,18 +305,20 @@ def train(plan, engine, store, caught, record, before_step=None):
                 if mode != phase.mode:
                     phase = costs.Phase(plan, engine, mode)
             coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps))
-            more = before_step(step, engine, batches) if before_step else {}
+            noted = before_step(step, engine, batches) if before_step else {}
             began, lr = time.perf_counter(), learning_rate(step, args)
             norm, loss, sent, stop = update(engine, batches, args, step, lr, len(caught))
             phase.milliseconds.append(1e3 * (time.perf_counter() - began))
-            entry = keep_count(plan, phase, step, norm, loss, lr, sent) | more
+            entry = keep_count(plan, phase, step, norm, loss, lr, sent) | noted
             speed = args.batch_size * data.items_per_row / phase.milliseconds[-1] * 1e3
             told = f"loss {loss:.3f}, {speed:,.0f} {data.items}/s"
             if step == args.steps or (args.eval_every and step % args.eval_every == 0):
                 left = np.median(phase.milliseconds) / 1e3 * (args.steps - step)
                 metrics = validate(plan, engine, step, f", {told}, {tqdm.format_interval(left)} left")
                 entry |= metrics
-            bar.set_postfix_str(f"{told}, val_loss {metrics['val_loss']}" if metrics else told, refresh=False)
+            if metrics.get("val_loss"):
+                told += f", val_loss {metrics['val_loss']:.4f}"
+            bar.set_postfix_str(told, refresh=False)
             record(entry)
             if progress["in_a_row"] == PATIENCE:
                 steps = f"{PATIENCE} steps in a row, up to step {step}"
@@ -321,14 +326,15 @@ def train(plan, engine, store, caught, record, before_step=None):
             if stop:
                 break
             if args.save_every and step % args.save_every == 0 and step < args.steps:
-                save(plan, engine)  # the last one is saved when all else is done
+                save(plan, engine)
     phases.append(phase.end())
     return phases, metrics
 
 
 def keep_count(plan, phase, step, norm, loss, lr, sent):
     """Bring plan.progress up to date. Returns the step's entry in log.jsonl."""
-    args, progress, finite = plan.args, plan.progress, math.isfinite(norm + loss)
+    args, progress = plan.args, plan.progress
+    finite = math.isfinite(norm) and math.isfinite(loss)
     progress["step"] = step
     progress["seen"] += args.batch_size * plan.data.items_per_row
     progress["skipped"] += not finite
@@ -393,9 +399,9 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
     ):
         phases, metrics = train(plan, engine, store, caught, record, before_step)
         finished = plan.progress["step"] == args.steps
+        save(plan, engine)  # before anything else can fail
         if finished:
-            report.finish(plan, engine, mask, phases, metrics)
-        save(plan, engine)
+            report.print_results(plan, engine, mask, phases, metrics)
         launch.shut_down()
     if rank_0 and not finished:
         print(f"stopped by a signal after step {plan.progress['step']}{'; --resume goes on' if out else ''}")
@@ -410,10 +416,10 @@ def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
     try:
         plan = make_plan(args, saved, assign)
         if args.steps == 0:
-            return report.forecast(plan, make_engine, engine)
+            return report.forecast(plan, make_engine, engine) if launch.rank() == 0 else None
         mask_number, mode = plan.setting(plan.progress["step"] + 1)
         mask = plan.draw_mask(mask_number)
-        if args.out and os.environ.get("RANK", "0") == "0":
+        if args.out and launch.rank() == 0:
             checkpoint.prepare_folder(args, saved)
         device, store = launch.start(args.device, args.timeout)
     except UserError as error:

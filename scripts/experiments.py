@@ -2,7 +2,8 @@
 
 An arm is tuned first: in each of its rounds, flags are tried on top of the best so far, with one seed and one
 text to validate. The best flags of all then run with three seeds, and are validated on a second text, which
-no choice has used. Each run leaves a file in results/NAME, and a run whose file is there is skipped."""
+no choice has used. Each run leaves a file in results/NAME, and a run whose file is there is skipped. Where an
+arm has several members, each seed stands for as many runs."""
 
 import hashlib
 import json
@@ -137,50 +138,49 @@ FLAGS = (
 )
 
 
-def file_name(*words):
-    return "-".join(" ".join(words).replace("--", "").replace(",", "").split())
+class Run(NamedTuple):
+    """A run of an arm, or the average of its members: all flags, and where its result and its folder are."""
+
+    flags: list
+    result: Path
+    out: Path
+
+    def read(self):
+        """Its result, a dictionary, or None where it is not there. Raises UserError where that is of other
+        flags."""
+        if not self.result.exists():
+            return None
+        result = json.loads(self.result.read_text())
+        if result["flags"] != self.flags:
+            raise UserError(f"{self.result}: was trained with other flags than those of today; remove it")
+        return result
+
+    def write(self, result):
+        """Write a result, whole or not at all."""
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        part = self.result.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(self.result)
 
 
-def plan(experiment, arm, flags, seed):
-    """(all flags of a run, its result's file, its folder)."""
-    run = file_name(arm, flags, str(seed))
-    _, data, common, arms, _ = EXPERIMENTS[experiment]
-    part = "tune" if seed == TUNING_SEED else "report"
-    all_flags = f"{common} {arms[arm].flags} {flags} --seed {seed} {data.format(part=part)}".split()
-    return all_flags, Path("results", experiment, f"{run}.json"), Path("runs", experiment, run)
-
-
-def find(experiment, arm, flags, seed):
-    """The result of a run, a dictionary, or None where it is not there. Raises UserError where it has other
-    flags than now."""
-    all_flags, path, _ = plan(experiment, arm, flags, seed)
-    return read_result(path, all_flags)
+def find_run(experiment, arm, flags, seed, average=False):
+    """The Run of an arm with more flags and a seed, or an average, with the flags of its first member."""
+    definition = EXPERIMENTS[experiment]
+    words = f"{'average' if average else ''} {arm} {flags} {seed}"
+    name = "-".join(words.replace("--", "").replace(",", "").split())
+    first = seed * definition.arms[arm].members if average else seed
+    data = definition.data.format(part="tune" if seed == TUNING_SEED else "report")
+    all_flags = f"{definition.flags} {definition.arms[arm].flags} {flags} --seed {first} {data}".split()
+    return Run(all_flags, Path("results", experiment, f"{name}.json"), Path("runs", experiment, name))
 
 
 def train_missing(experiment, arm, flags, seed):
-    """Train a run, and write its result, if that is not there."""
-    all_flags, path, out = plan(experiment, arm, flags, seed)
-    if find(experiment, arm, flags, seed) is None:
-        train(all_flags, out)
-        result = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": all_flags}
-        write(path, result | {"versions": versions()} | read_out(out))
-
-
-def read_result(path, flags):
-    """What `write` has written, or None. Raises UserError where it is of other flags."""
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    if result["flags"] != flags:
-        raise UserError(f"{path}: was trained with other flags than those of today; remove it")
-    return result
-
-
-def write(path, result):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")  # a run that is interrupted leaves no half of a result
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
+    """Train a run, and write its result, unless that is there."""
+    run = find_run(experiment, arm, flags, seed)
+    if run.read() is None:
+        train(run.flags, run.out)
+        about = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": run.flags}
+        run.write(about | {"versions": versions()} | read_out(run.out))
 
 
 def train(flags, out):
@@ -192,10 +192,9 @@ def train(flags, out):
 
 
 def versions():
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=TRAIN.parent
-    )
-    found = {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    git = ["git", "-C", str(TRAIN.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
     return found | {"torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -213,52 +212,45 @@ def read_out(out):
 
 
 def scores(experiment, result):
-    """What is to be low, at each validation of a run: nats per byte, or the share of wrong classes."""
+    """What is to be low, at each validation of a run: nats per byte, or the share of wrong classes. It is
+    infinite where it was not finite, and for a run that was given up."""
+    curve = result["curve"] or [{"val_loss": None, "val_accuracy": -math.inf}]
     if EXPERIMENTS[experiment].score == "error":
-        return [1 - entry["val_accuracy"] for entry in result["curve"]]
-    return [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in result["curve"]]
+        return [1 - entry["val_accuracy"] for entry in curve]
+    return [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in curve]
 
 
-def lowest(experiment, result):
-    return min(scores(experiment, result), default=math.inf)
-
-
-def tune(experiment, arm):
-    """(the best flags, their result, []); or, where runs of a round are not there: (the best flags so far,
-    None, [flags of the runs that are missing])."""
+def tune(experiment, arm, train_them=False):
+    """(the best flags, the result of their run); or, where runs are missing and are not to be trained,
+    (the best flags so far, None)."""
     flags = ""
     for options in ((), *EXPERIMENTS[experiment].arms[arm].rounds):
-        candidates = [flags, *(f"{flags} {option}".strip() for option in options)]
-        results = {candidate: find(experiment, arm, candidate, TUNING_SEED) for candidate in candidates}
-        missing = [candidate for candidate in candidates if results[candidate] is None]
-        if missing:
-            return flags, None, missing
-        flags = min(candidates, key=lambda candidate: lowest(experiment, results[candidate]))
-    return flags, results[flags], []
+        results = {}
+        for candidate in [flags, *(f"{flags} {option}".strip() for option in options)]:
+            if train_them:
+                train_missing(experiment, arm, candidate, TUNING_SEED)
+            results[candidate] = find_run(experiment, arm, candidate, TUNING_SEED).read()
+        if None in results.values():
+            return flags, None
+        flags = min(results, key=lambda candidate: min(scores(experiment, results[candidate])))
+    return flags, results[flags]
 
 
 def run_arm(experiment, arm):
     """Tune an arm, and run what is best with each seed."""
-    flags, _, missing = tune(experiment, arm)
-    while missing:
-        for candidate in missing:
-            train_missing(experiment, arm, candidate, TUNING_SEED)
-        flags, _, missing = tune(experiment, arm)
+    flags, _ = tune(experiment, arm, train_them=True)
     members = EXPERIMENTS[experiment].arms[arm].members
     for seed in SEEDS:
         member_seeds = range(seed * members, (seed + 1) * members)
         for each in member_seeds:
             train_missing(experiment, arm, flags, each)
-        path = path_of_average(experiment, arm, flags, seed)
-        if members > 1 and not path.exists():
-            first = find(experiment, arm, flags, member_seeds[0])
-            outs = [plan(experiment, arm, flags, each)[2] for each in member_seeds]
-            curve = [first["curve"][-1] | {"val_loss": averaged_loss(outs), "val_accuracy": None}]
-            write(path, first | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
-
-
-def path_of_average(experiment, arm, flags, seed):
-    return Path("results", experiment, f"{file_name('average', arm, flags, str(seed))}.json")
+        average = find_run(experiment, arm, flags, seed, average=True)
+        if members > 1 and average.read() is None:
+            runs = [find_run(experiment, arm, flags, each) for each in member_seeds]
+            first = runs[0].read()
+            loss = averaged_loss([run.out for run in runs])
+            curve = [first["curve"][-1] | {"val_loss": loss, "val_accuracy": None}]
+            average.write(first | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
 
 
 @torch.no_grad()
@@ -272,18 +264,6 @@ def averaged_loss(outs):
     return torch.nn.functional.nll_loss(mean.flatten(0, 1), y.flatten()).item()
 
 
-def reported(experiment, arm, flags):
-    """The results of an arm with its best flags, one a seed, or None where it is not there."""
-    members = EXPERIMENTS[experiment].arms[arm].members
-    results = []
-    for seed in SEEDS:
-        result = find(experiment, arm, flags, seed * members)
-        if members > 1 and result:
-            result = read_result(path_of_average(experiment, arm, flags, seed), result["flags"])
-        results.append(result)
-    return results
-
-
 def spread(numbers):
     """The mean, and the lowest and highest, as text."""
     return f"{np.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
@@ -291,15 +271,14 @@ def spread(numbers):
 
 def row(experiment, name):
     """The row of an arm in the table; of dashes as long as runs are missing. Costs are those before tuning,
-    so that regularisers do not hide what masks save."""
+    so that regularisers do not hide what masks save: FLOPs of the run, and otherwise of a step."""
     arm = EXPERIMENTS[experiment].arms[name]
-    flags, best, _ = tune(experiment, name)
-    results = reported(experiment, name, flags)
-    own, dense = (find(experiment, each, "", TUNING_SEED) for each in (name, "dense"))
+    flags, best = tune(experiment, name)
+    results = [find_run(experiment, name, flags, seed, arm.members > 1).read() for seed in SEEDS]
+    own, dense = (find_run(experiment, each, "", TUNING_SEED).read() for each in (name, "dense"))
     if None in (best, own, dense, *results):
         return f"| {name} | - | - | - | - | - | - |"
-    tuning = scores(experiment, best)
-    curves = [scores(experiment, result) for result in results]
+    tuning, curves = scores(experiment, best), [scores(experiment, result) for result in results]
     costs = [own["costs"][key] / dense["costs"][key] for key in COST_KEYS[:2]]
     costs.append(own["curve"][-1]["flops"] / dense["curve"][-1]["flops"])
     at_best = spread([curve[int(np.argmin(tuning))] for curve in curves]) if arm.members == 1 else "-"
@@ -310,13 +289,11 @@ def row(experiment, name):
 
 def table(experiment):
     """Markdown, for results/README.md. Losses are in nats per byte, errors are shares of the images."""
-    score, other = (
-        ("error", "test images") if EXPERIMENTS[experiment].score == "error" else ("loss", "second text")
-    )
-    titles = (
-        f"arm | flags | weights / activations / FLOPs of a worker | tuning runs | lowest {score} in tuning"
-    )
-    titles += f" | {other}: {score} at that step | {score} after the last step"
+    score, tested_on = "loss", "second text"
+    if EXPERIMENTS[experiment].score == "error":
+        score, tested_on = "error", "test images"
+    titles = "arm | flags | weights / activations / FLOPs of a worker | tuning runs"
+    titles += f" | lowest {score} in tuning | {tested_on}: {score} at that step | {score} after the last step"
     rows = [row(experiment, arm) for arm in EXPERIMENTS[experiment].arms]
     return "\n".join([f"| {titles} |", "|---|---|---:|---:|---:|---:|---:|", *rows])
 
@@ -330,9 +307,9 @@ def main(argv=None):
             EXPERIMENTS[args.name].prepare(Path("datasets", args.name))
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda arm: run_arm(args.name, arm), EXPERIMENTS[args.name].arms))
+        print(table(args.name))
     except (UserError, OSError) as error:
         parser.error(str(error))
-    print(table(args.name))
 
 
 if __name__ == "__main__":

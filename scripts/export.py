@@ -118,6 +118,8 @@ def main(argv=None):
             write_llama(model, args.file)
         else:
             save_file(model.state_dict(), args.file)
+        params = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{args.file}: {params:,} parameters, in blocks {', '.join(model.blocks)}")
     except UserError as error:
         parser.error(str(error))
     except (OSError, RuntimeError) as error:

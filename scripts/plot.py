@@ -102,12 +102,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     read, draw = (read_times, draw_times) if args.machines else (read_run, draw_loss)
     try:
+        if not args.out.endswith(".svg"):
+            raise UserError(f"--out {args.out}: must end in .svg")
         from matplotlib import figure, rcParams
 
         rcParams.update(STYLE)
         page = figure.Figure((9.3, 5.4) if args.machines else (12.5, 3.2), layout="constrained")
         draw(page, read_all(args.paths, read))
         page.savefig(args.out, format="svg", metadata={"Date": None})
+        print(f"wrote {args.out}")
     except ImportError:
         parser.error("needs matplotlib: pip install matplotlib")
     except (UserError, OSError) as error:

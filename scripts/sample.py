@@ -1,12 +1,10 @@
 """Go on with a text, by a GPT: python -m scripts.sample --out runs/a --prompt "import os" --seed 1"""
 
 import codecs
-from pathlib import Path
 
 from masks import UserError
 from model import GPTConfig
 from scripts.export import load_model
-from support.checkpoint import LATEST
 from support.evaluation import continue_text
 from support.launch import Parser, at_least
 
@@ -14,12 +12,15 @@ from support.launch import Parser, at_least
 def tokenizer(vocabulary):
     """(encode: text to tokens, decode: a token to bytes), of bytes or of GPT-2. Raises UserError."""
     if vocabulary == 256:
-        return str.encode, lambda token: bytes([token])
+        return lambda text: text.encode(errors="surrogateescape"), lambda token: bytes([token])
     try:
         import tiktoken
+
+        gpt2 = tiktoken.get_encoding("gpt2")  # downloads a file, the first time
     except ImportError:
         raise UserError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
-    gpt2 = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise UserError(f"tiktoken cannot download GPT-2's tokens ({error}); go online once") from None
     return gpt2.encode_ordinary, lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
 
 
@@ -34,8 +35,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if bool(args.checkpoint) == bool(args.out):
-            raise UserError("--out: needs the folder of a run; or name a checkpoint in its place")
-        model = load_model(args.checkpoint or Path(args.out, LATEST))
+            raise UserError("--out: name the folder of a run, or in its place a checkpoint, not both")
+        model = load_model(args.checkpoint or args.out)
         if not isinstance(model.config, GPTConfig):
             raise UserError(f"{args.checkpoint or args.out}: is no GPT; only a GPT goes on with a text")
         encode, decode = tokenizer(model.config.vocabulary)

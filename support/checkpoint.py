@@ -136,13 +136,14 @@ def restarted():
 
 def read_to_resume(resume, out):
     """The checkpoint to go on from, or None, as of `read_checkpoint`, with "path" and "of_out": does it lie
-    in the folder of --out? resume: --resume, which is "" where no file was named: then, and after a restart
-    by torchrun, it is what is in `out`, if there is something. Raises UserError."""
+    in the folder of --out? resume: --resume, which is "" where no file was named: then it is what is in
+    `out`, if there is something. After a restart by torchrun that comes first. Raises UserError."""
     if resume == "" and not out:
         raise UserError("--resume: without a file, needs the --out that has one")
     paths = [Path(resume)] if resume else []
     if out and (resume == "" or restarted()):
-        paths = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
+        in_out = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
+        paths = in_out or paths
     if not paths:
         return None
     path, of_out = paths[0], bool(out) and paths[0].resolve().parent == Path(out).resolve()
@@ -150,8 +151,10 @@ def read_to_resume(resume, out):
 
 
 def read_checkpoint(path, flag=""):
-    """What `save` has written, memory-mapped, with "config" as an object and a "checksum". Raises UserError
-    in one line where a file is anything else, or damaged. Nothing in it is executed."""
+    """What `save` has written, memory-mapped, with "config" as an object and a "checksum". path: a file, or a
+    folder with ckpt.pt. Raises UserError in one line where a file is anything else, or damaged. Nothing in it
+    is executed."""
+    path = Path(path, LATEST) if os.path.isdir(path) else path
     try:
         if not os.path.isfile(path):
             raise UserError("there is no such file")
@@ -170,6 +173,8 @@ def read_checkpoint(path, flag=""):
 
 def check_content(saved):
     """Check that what was read fits together. Returns the model's config."""
+    if "format" not in saved:
+        raise UserError("it is no checkpoint of train.py, but perhaps what scripts.export has written")
     if saved["format"] != FORMAT:
         raise UserError(f"its format is {saved['format']}, not {FORMAT}")
     counts = [saved["fingerprint"], *(saved["progress"][key] for key in START)]

@@ -60,10 +60,9 @@ def dry_run(args, config, engine):
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
-            with measured(args.micro_batches) as found[number]:
+            with measured(args.micro_batches) as cost:
                 model(*batch).backward()
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # what was there before the first step does not count
+        found[number] = cost
     return found
 
 
@@ -74,7 +73,9 @@ class Phase:
         self.plan, self.engine, self.mode, self.milliseconds = plan, engine, mode, []
         self.costs = dry_run(plan.args, plan.whole.config, engine)
         (flops,) = add_up([sum(cost["flops"] for cost in self.costs.values())])
-        self.flops = round(flops / plan.args.workers)  # the mean over the workers is the same for all masks
+        self.flops = round(flops / plan.args.workers)  # the same for all masks, where workers have equal rows
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what was there before the first step does not count
 
     def end(self):
         """The phase's entry in summary.json. After --resample all is of the last mask."""
@@ -93,8 +94,10 @@ def ring_half(params, processes, dtype):
 
 def dense_worker(args, config, engine):
     """What one worker of dense data parallelism (torch's DDP) costs, in the keys of `gather_costs`. The
-    model is run on fake tensors, which need no memory. The engine's masks do not matter."""
-    rows = args.batch_size // args.workers // args.micro_batches
+    model is run on fake tensors, which need no memory. The engine's masks do not matter. With --rows its
+    share of a batch need not be a whole number of rows: then costs are multiplied."""
+    share = args.batch_size / args.workers / args.micro_batches
+    rows = max(1, int(share))
     with torch.device("meta"):
         model = build(config)
     with FakeTensorMode(), torch.device(engine.device):
@@ -102,6 +105,7 @@ def dense_worker(args, config, engine):
         model.load_state_dict(values, assign=True)
         with measured(args.micro_batches) as cost:
             model(*example(config, rows)).backward()
+    cost = {key: round(value * share / rows) for key, value in cost.items()}
     params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
     moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
     master = 4 if width < 4 else 0  # a second, float32 copy of the weights in mixed precision
@@ -178,15 +182,13 @@ def savings(mean, dense, turns):
     return f"{line}, sent {percent(SENT)} of its bytes" if dense["push_bytes"] else line
 
 
-def compare(row, dense, processes):
-    """The table of what the fullest worker will take, beside dense ones of torch's FSDP (ZeRO-3, without the
-    layers that it gathers) and DDP. row, dense: in the keys of `gather_costs`."""
+def compare(largest, dense, processes):
+    """The table of what a worker will take at most, beside dense ones of torch's FSDP (ZeRO-3, without the
+    layers that it gathers) and DDP. largest, dense: in the keys of `gather_costs`."""
     fsdp = dense | {key: dense[key] / processes for key in MEMORY if key != "activation_bytes"}
     fsdp["pull_bytes"] = 2 * dense["pull_bytes"]  # weights are gathered once in each direction
-    rows = row, fsdp, dense
-    for each in rows:
-        each["memory_bytes"] = sum(each[key] for key in MEMORY)
-    return table(("fullest", "FSDP", "dense DDP"), rows)
+    rows = [row | {"memory_bytes": sum(row[key] for key in MEMORY)} for row in (largest, fsdp, dense)]
+    return table(("largest", "FSDP", "dense DDP"), rows)
 
 
 def table(titles, rows):
@@ -204,7 +206,7 @@ def table(titles, rows):
         ("flops", "GFLOP per step", 1e9),
     ):
         values = [row.get(key, 0) / unit for row in rows]
-        if values[-1] or key in SENT:  # there may be one machine
+        if values[-1] or key in SENT:  # nothing goes to other machines, or no row has the sum of its memory
             ratio = f"{values[0] / values[-1]:.3f}" if values[-1] else "-"
             lines.append(f"{title:<28}{''.join(f'{value:>14.3f}' for value in values)}{ratio:>17}")
     return "\n".join(lines)

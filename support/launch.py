@@ -65,6 +65,11 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def rank():
+    """The number of this process, as torchrun says it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def count_machines():
     """The number of machines on which torchrun has started processes; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "RANK" in os.environ else 1

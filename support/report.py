@@ -1,12 +1,12 @@
 """What a run tells: who holds what, what it will cost, its log, what it saved, and a sample of its text."""
 
 import json
-import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,39 +46,67 @@ def print_mask(plan, mask):
 
 
 def forecast(plan, make_engine, engine_class):
-    """Print what the fullest worker will take in a step, beside torch's FSDP and DDP. It plays a step on
+    """Print what a worker will take at most in a step, beside torch's FSDP and DDP. Workers play a step on
     tensors that have shapes and no memory, among processes that are not there: as many as were started, or
     one for each worker. make_engine(plan, mask, mode, device, engine_class, machines) makes the engine.
-    Returns (the worker's costs, those of DDP), in the keys of `costs.gather_costs`."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    args, config, device, mask = plan.args, plan.whole.config, torch.device("cpu"), plan.draw_mask(0)
+    Returns (largest costs, those of DDP), in the keys of `costs.gather_costs`."""
+    args, mask = plan.args, plan.draw_mask(0)
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     args.dtype = args.dtype or launch.default_dtype(torch.device("cuda" if on_gpu else "cpu"))
-    mode = "backward" if args.finish else args.mask  # what takes most
-    print_mask(plan, mask)
-    worker = int((mask @ masks.costs(plan.units)).argmax())
+    plan.saved = None  # values do not matter
     processes = args.workers if launch.world_size() == 1 else launch.world_size()
     machines = args.machines or launch.count_machines()
-    rank, passes = worker * processes // args.workers, args.micro_batches
+    machines = machines if processes % machines == 0 else 1  # as in a run, where they are unequal
+    rows, capacity = np.array(args.rows), np.array(args.capacity or args.rows)
+    candidates = {
+        load.argmax() for load in (mask @ masks.costs(plan.units), mask.sum(axis=1) * rows, capacity)
+    }
+    played = [
+        play_without_memory(plan, mask, int(worker), processes, machines, make_engine, engine_class)
+        for worker in sorted(candidates)
+    ]
+    largest = {key: max(row[key] for row, _ in played) for key in played[0][0]}
+    dense = played[0][1]
+    print_mask(plan, mask)
+    print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
+    print(costs.compare(largest, dense, processes))
+    return largest, dense
+
+
+def play_without_memory(plan, mask, worker, processes, machines, make_engine, engine_class):
+    """What a worker takes in a step, and a dense one of DDP: two rows in the keys of `gather_costs`."""
+    args, config, passes = plan.args, plan.whole.config, plan.args.micro_batches
+    mode = "backward" if args.finish else args.mask  # what takes most
     rows = args.batch_size // sum(args.rows) * args.rows[worker] // passes
-    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
-    arrived = torch.futures.Future()
+    rank = worker * processes // args.workers
+    arrived = torch.futures.Future()  # the answer to every exchange
     arrived.set_result(None)
-    with FakeTensorMode(), mock.patch.object(dist, "all_to_all_single", lambda *_, **__: arrived):
-        engine = make_engine(plan, mask, mode, device, engine_class, machines)
+    with (
+        fake_process_group(rank, processes),
+        FakeTensorMode(),
+        mock.patch.object(dist, "all_to_all_single", lambda *_, **__: arrived),
+    ):
+        engine = make_engine(plan, mask, mode, torch.device("cpu"), engine_class, machines)
         with engine.turn(worker, passes) as model:
             for _ in range(passes):
                 with costs.measured(passes) as cost:
                     model(*example(config, rows)).backward()
         engine.optimizer.step()  # for its state
-    row = engine.memory(worker) | cost
-    row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
-    dense = costs.dense_worker(args, config, engine)
-    dist.destroy_process_group()
-    print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
-    print(costs.compare(row, dense, processes))
-    return row, dense
+        row = engine.memory(worker) | cost
+        row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
+    return row, costs.dense_worker(args, config, engine)
+
+
+@contextmanager
+def fake_process_group(rank, processes):
+    """`with fake_process_group(...):` this is one of many processes, and no other one is there."""
+    if dist.is_initialized():  # in a notebook, by a run that was interrupted
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -111,7 +139,7 @@ def start_wandb(args):
         raise UserError(f"--wandb {args.wandb}: {' '.join(str(error).split())}") from error
 
 
-def finish(plan, engine, mask, phases, metrics):
+def print_results(plan, engine, mask, phases, metrics):
     """Print the table of costs and a sample, and write summary.json. All processes take part."""
     args = plan.args
     if engine.rank == 0:

@@ -112,6 +112,16 @@ def test_resume_takes_the_older_checkpoint(refused, capsys, copied, damage):
     assert last_steps(copied) == [4, 2] and (copied / PREVIOUS).read_bytes() == before
 
 
+def test_a_restart_before_the_first_checkpoint_begins_again_where_it_began(trained, tmp_path, monkeypatch):
+    """With --resume FILE; but what is in --out comes first."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    earlier, out = trained / "ckpt.prev.pt", tmp_path / "out"
+    out.mkdir()
+    assert checkpoint.read_to_resume(str(earlier), str(out))["path"] == earlier
+    shutil.copy(trained / "ckpt.pt", out)
+    assert checkpoint.read_to_resume(str(earlier), str(out))["path"] == out / "ckpt.pt"
+
+
 def test_resume_begins_where_there_is_nothing(alone, monkeypatch, capsys, tmp_path):
     out = tmp_path / "run"
     run(*TINY, "--steps", 2, "--out", out, "--resume")

@@ -172,16 +172,16 @@ def test_a_missing_compiler_ends_with_one_line(refused, monkeypatch, tmp_path):
 STOREYS = (("masks",), ("model", "sdp", "data"), ("support",), ("train",), ("scripts",), ("course",))
 FOLDERS = ("support", "scripts", "course")
 CAPS = {
-    "masks.py": 260,
+    "masks.py": 261,
     "model.py": 480,
     "sdp.py": 429,
     "data.py": 280,
     "train.py": 450,
     "test_sdp.py": 900,
     "README.md": 220,
-    "support": 830,  # of folders what is no test
+    "support": 870,  # of folders what is no test
     "scripts": 1620,
-    "all that is no test": 4300,
+    "all that is no test": 4340,
 }
 LONGEST_FUNCTION = 60
 

@@ -33,7 +33,7 @@ def read_table(text):
     "processes, flags",
     [
         (4, "--mask forward --units neuron --micro-batches 2"),
-        (2, "--mask backward --workers 4 --rows 1,1,1,1 --optimizer sgd --batch-size 16"),
+        (2, "--mask backward --optimizer sgd --rows 1,1,1,5 --batch-size 16"),
         pytest.param(4, "--mask none --dtype bfloat16", marks=slow),
         pytest.param(4, "--mask forward --layers 4 --capacity 1,2,2,3", marks=slow),
     ],
@@ -62,6 +62,14 @@ def test_a_forecast_comes_true(alone, ranks, tmp_path, capsys, monkeypatch, proc
         assert dense == pytest.approx(measured["dense"][key] / unit, abs=0.001)
         if title != "activations saved, MB" and "step" not in title:
             assert fsdp == pytest.approx(dense / processes, abs=0.001)
+
+
+@pytest.mark.parametrize("flags", ["--workers 4 --assign machine --machines 2", "--resume CKPT --compile"])
+def test_a_forecast_of_odd_flags(alone, trained, capsys, flags):
+    """Also after a run in this process that was interrupted."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    train.main([*TINY, "--steps", "0", *flags.replace("CKPT", str(trained / "ckpt.pt")).split()])
+    assert read_table(capsys.readouterr().out)["GFLOP per step"][0] > 0
 
 
 def test_a_forecast_allocates_nothing(alone, tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,18 @@ def test_train_with_shared_blocks(alone, capsys, tmp_path, small_cifar, monkeypa
     summary, whole = read_summary(tmp_path / "out"), build(ResNetConfig(width=8))
     held = sum(p.numel() for i in (1, 3, 5, 7) for p in whole.blocks[str(i)].branch.parameters())
     assert summary["shared_params"] == summary["params"] - held
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 4), bool), np.eye(4, 2, dtype=bool), np.zeros((4, 2), bool)])
+def test_an_assign_that_returns_no_mask(alone, wrong):
+    with pytest.raises(ValueError, match="assign: must return .workers, units."):
+        train.main([*TINY, "--steps", "1"], assign=lambda *_: wrong)
+
+
+def test_an_uneven_assign_is_described(alone, capsys):
+    uneven = np.array([[True, False], [True, True], [True, False], [True, False]])
+    train.main([*TINY, "--steps", "0"], assign=lambda *_: uneven)
+    assert "given 0.625 (1 to 4 of 4 workers hold each unit)" in capsys.readouterr().out
 
 
 def test_train_alone(alone, capsys, tmp_path):
