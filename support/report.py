@@ -70,6 +70,8 @@ def forecast(plan, make_engine, engine_class):
     print_mask(plan, mask)
     print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
     print(costs.compare(largest, dense, processes))
+    if args.finish:
+        print("of the steps in --finish, which take most")
     return largest, dense
 
 
