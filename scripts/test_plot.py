@@ -235,5 +235,6 @@ def test_errors(tmp_path, capsys):
     assert "no run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
     path = write_run(tmp_path / "a.json", [3.0])
     assert "/nowhere/a.svg" in error_of(capsys, path, "--out", "/nowhere/a.svg")
+    assert "--out a.png: must end in .svg" in error_of(capsys, path, "--out", "a.png")
     assert "no run of this kind" in error_of(capsys, "--machines", path)
     assert "PATH" in error_of(capsys)
