@@ -40,7 +40,7 @@ def holders_per_unit(coverage, workers):
         raise UserError(f"--coverage {coverage:g}: must be above 0 and at most 1, such as 0.5")
     holders = math.floor(coverage * workers + 0.5)
     if holders == 0:
-        raise UserError(f"--coverage {coverage:g}: no holders below {smallest_coverage(1, workers):g}; use that")
+        raise UserError(f"--coverage {coverage:g}: no holders below {smallest_coverage(1, workers):g}")
     return holders
 
 
