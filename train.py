@@ -416,7 +416,8 @@ def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
     try:
         plan = make_plan(args, saved, assign)
         if args.steps == 0:
-            return report.forecast(plan, make_engine, engine) if launch.rank() == 0 else None
+            make = partial(make_engine, plan, engine_class=engine)
+            return report.forecast(plan, make) if launch.rank() == 0 else None
         mask_number, mode = plan.setting(plan.progress["step"] + 1)
         mask = plan.draw_mask(mask_number)
         if args.out and launch.rank() == 0:

@@ -45,26 +45,19 @@ def print_mask(plan, mask):
     print(f"{params:,} parameters, {shared:,} of them ({shared / params:.1%}) shared by all workers{blocks}")
 
 
-def forecast(plan, make_engine, engine_class):
-    """Print what a worker will take at most in a step, beside torch's FSDP and DDP. Workers play a step on
-    tensors that have shapes and no memory, among processes that are not there: as many as were started, or
-    one for each worker. make_engine(plan, mask, mode, device, engine_class, machines) makes the engine.
-    Returns (largest costs, those of DDP), in the keys of `costs.gather_costs`."""
+def forecast(plan, make_engine):
+    """Print what a worker will take at most in a step, beside torch's FSDP and DDP, without taking it: where
+    torchrun has started several processes on as many, else on one for each worker. make_engine(mask, mode,
+    device, machines=) makes the engine. Returns (largest costs, those of DDP), see `costs.gather_costs`."""
     args, mask = plan.args, plan.draw_mask(0)
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     args.dtype = args.dtype or launch.default_dtype(torch.device("cuda" if on_gpu else "cpu"))
     plan.saved = None  # values do not matter
     processes = args.workers if launch.world_size() == 1 else launch.world_size()
-    machines = args.machines or launch.count_machines()
-    machines = machines if processes % machines == 0 else 1  # as in a run, where they are unequal
     rows, capacity = np.array(args.rows), np.array(args.capacity or args.rows)
-    candidates = {
-        load.argmax() for load in (mask @ masks.costs(plan.units), mask.sum(axis=1) * rows, capacity)
-    }
-    played = [
-        play_without_memory(plan, mask, int(worker), processes, machines, make_engine, engine_class)
-        for worker in sorted(candidates)
-    ]
+    loads = mask @ masks.costs(plan.units), mask.sum(axis=1) * rows, capacity
+    fullest = sorted({int(load.argmax()) for load in loads})  # one worker, unless they are unequal
+    played = [play_without_memory(plan, mask, worker, processes, make_engine) for worker in fullest]
     largest = {key: max(row[key] for row, _ in played) for key in played[0][0]}
     dense = played[0][1]
     print_mask(plan, mask)
@@ -75,20 +68,22 @@ def forecast(plan, make_engine, engine_class):
     return largest, dense
 
 
-def play_without_memory(plan, mask, worker, processes, machines, make_engine, engine_class):
-    """What a worker takes in a step, and a dense one of DDP: two rows in the keys of `gather_costs`."""
+def play_without_memory(plan, mask, worker, processes, make_engine):
+    """What a worker takes in a step, and a dense one of DDP: two rows in the keys of `gather_costs`. It plays
+    the step on tensors that have shapes and no memory, among processes that are not there."""
     args, config, passes = plan.args, plan.whole.config, plan.args.micro_batches
     mode = "backward" if args.finish else args.mask  # what takes most
     rows = args.batch_size // sum(args.rows) * args.rows[worker] // passes
-    rank = worker * processes // args.workers
+    machines = args.machines or launch.count_machines()
+    machines = machines if processes % machines == 0 else 1  # as in a run, where they are unequal
     arrived = torch.futures.Future()  # the answer to every exchange
     arrived.set_result(None)
     with (
-        fake_process_group(rank, processes),
+        fake_process_group(worker * processes // args.workers, processes),
         FakeTensorMode(),
         mock.patch.object(dist, "all_to_all_single", lambda *_, **__: arrived),
     ):
-        engine = make_engine(plan, mask, mode, torch.device("cpu"), engine_class, machines)
+        engine = make_engine(mask, mode, torch.device("cpu"), machines=machines)
         with engine.turn(worker, passes) as model:
             for _ in range(passes):
                 with costs.measured(passes) as cost:
