@@ -184,7 +184,7 @@ def test_masks_number_of_holders():
         with pytest.raises(UserError, match="--coverage"):
             holders_per_unit(coverage, 8)
     for workers in range(1, 200):
-        with pytest.raises(UserError, match="smallest") as caught:
+        with pytest.raises(UserError, match="no holders below") as caught:
             holders_per_unit(1e-6, workers)
         assert holders_per_unit(float(str(caught.value).split()[-1]), workers) == 1  # works as printed
 

@@ -133,7 +133,6 @@ def check_flags(args, saved):
     args.machines = args.machines or (launch.count_machines() if by_machine else None)
     for wrong, flag, remedy in (
         (by_machine and args.machines == 1, "assign", "needs several machines; --machines 2 plays two"),
-        (args.machines and not by_machine, "machines", "is for --assign machine"),
         (by_machine and args.capacity, "capacity", "is not for --assign machine"),
         (len(args.rows) != args.workers, "rows", one_each),
         (len(args.capacity or args.rows) != args.workers, "capacity", one_each),

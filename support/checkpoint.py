@@ -140,7 +140,7 @@ def read_to_resume(resume, out):
     `out`, if there is something. After a restart by torchrun that comes first. Raises UserError."""
     if resume == "" and not out:
         raise UserError("--resume: without a file, needs the --out that has one")
-    paths = [Path(resume)] if resume else []
+    paths = [in_folder(resume)] if resume else []
     if out and (resume == "" or restarted()):
         in_out = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
         paths = in_out or paths
@@ -150,11 +150,16 @@ def read_to_resume(resume, out):
     return read_checkpoint(path, flag="--resume: ") | {"path": path, "of_out": of_out}
 
 
+def in_folder(path):
+    """The path of a checkpoint that is named by its file or by the folder of its run."""
+    return Path(path, LATEST) if os.path.isdir(path) else Path(path)
+
+
 def read_checkpoint(path, flag=""):
     """What `save` has written, memory-mapped, with "config" as an object and a "checksum". path: a file, or a
     folder with ckpt.pt. Raises UserError in one line where a file is anything else, or damaged. Nothing in it
     is executed."""
-    path = Path(path, LATEST) if os.path.isdir(path) else path
+    path = in_folder(path)
     try:
         if not os.path.isfile(path):
             raise UserError("there is no such file")

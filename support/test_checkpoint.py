@@ -118,6 +118,7 @@ def test_a_restart_before_the_first_checkpoint_begins_again_where_it_began(train
     earlier, out = trained / "ckpt.prev.pt", tmp_path / "out"
     out.mkdir()
     assert checkpoint.read_to_resume(str(earlier), str(out))["path"] == earlier
+    assert checkpoint.read_to_resume(str(trained), str(out))["path"] == trained / "ckpt.pt"  # by its folder
     shutil.copy(trained / "ckpt.pt", out)
     assert checkpoint.read_to_resume(str(earlier), str(out))["path"] == out / "ckpt.pt"
 
@@ -178,7 +179,7 @@ BAD_RESUMES = [  # flags, what the one line must say
     ("--resume CKPT --norm batch", ("--norm batch",)),
     ("--resume CKPT --steps 2", ("--steps 2", "has 3 already")),
     ("--resume CKPT --steps 5 --out OUT", ("--out", "--overwrite")),
-    ("--resume OUT", ("--resume", "no such file")),
+    ("--resume OUT/nothing", ("--resume", "no such file")),
     ("--resume", ("--resume", "--out")),
 ]
 

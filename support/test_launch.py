@@ -108,7 +108,6 @@ BAD = [  # flags, what the one line must say
     ("--data-dir /nowhere", ("--data-dir /nowhere", "no such file or folder")),
     ("--data-dir SMALL", ("--data-dir", "a folder with dozens of .py files")),
     ("--data text", ("--data-dir datasets/text", "no such file or folder; name one")),
-    ("--machines 2", ("--machines 2", "is for --assign machine")),
     ("--data cifar10 --data-dir /nowhere", ("/nowhere", "python -m scripts.prepare cifar10")),
     ("--data fineweb --data-dir /nowhere", ("/nowhere", "python -m scripts.prepare fineweb")),
     ("--model resnet18 --data imagenet --data-dir /nowhere", ("/nowhere", "scripts.prepare imagenet")),
