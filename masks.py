@@ -225,8 +225,7 @@ def picture(mask, units, machines=1, width=120):
 
 def describe(mask, units, asked, machines=1):
     """The picture, the coverage that was asked and given, how even the load is, and the spectral gap."""
-    fewest, most = mask.sum(axis=0).min(), mask.sum(axis=0).max()
-    holders = fewest if fewest == most else f"{fewest} to {most}"
+    holders = " or ".join(str(number) for number in np.unique(mask.sum(axis=0)))
     given = f"{mask.mean():g} ({holders} of {len(mask)} workers hold each unit)"
     params, flops = mask @ costs(units), mask @ np.array([unit.flops for unit in units])  # each [workers]
     load = f"load: the fullest worker has the mean {imbalance(params):.3f} times in parameters"

@@ -92,13 +92,8 @@ DEFAULTS = {  # where a model has others
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
 }  # fmt: skip
-TITLES = {
-    "--mask": "method",
-    "--model": "model",
-    "--data": "data",
-    "--steps": "optimisation",
-    "--dtype": "run",
-}
+TITLES = {"--mask": "method", "--model": "model", "--data": "data", "--steps": "optimisation",
+          "--dtype": "run"}  # fmt: skip
 make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Parallelism.", FLAGS, TITLES)
 
 
@@ -230,9 +225,10 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
 
     def build_units(units):
         model = build(plan.whole.config, units)
-        torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
-        for block in model.blocks.values() if args.compile else ():
-            block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
+        if args.compile:
+            torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
+            for block in model.blocks.values():
+                block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
         return model
 
     first, optimizer = partial(initial_value, seed=args.seed), partial(make_optimizer, args)

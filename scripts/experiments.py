@@ -93,31 +93,31 @@ GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 -
 REPEATED = f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20"
 NEW = f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100"
 IMAGES = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
+
+
+def gpt_arms(dense, masked, own_batches):
+    """The arms of both trials on text, with their rounds; own_batches: the --eval-batches of one worker's."""
+    return {
+        "dense": Arm("--mask none", dense),
+        "small dense": Arm(SMALL, dense),
+        "4 small dense": Arm(f"{ONE_WORKER} --eval-batches {own_batches}", dense, members=4),
+        "forward, neurons": Arm(NEURONS, masked),
+        "forward, blocks": Arm(BLOCKS, masked),
+    }
+
+
 EXPERIMENTS = {
     "repeated": Experiment(
         partial(write_texts, source="lib2to3/fixes"),
         "--data text --data-dir datasets/repeated/{part}.txt",
         REPEATED,
-        {
-            "dense": Arm("--mask none", DENSE),
-            "small dense": Arm(SMALL, DENSE),
-            "4 small dense": Arm(f"{ONE_WORKER} --eval-batches 80", DENSE, members=4),
-            "forward, neurons": Arm(NEURONS, MASKED),
-            "forward, blocks": Arm(BLOCKS, MASKED),
-        },
+        gpt_arms(DENSE, MASKED, 80),
     ),
     "new": Experiment(  # a tenth of an epoch
         partial(write_texts, source=""),
         "--data text --data-dir datasets/new/{part}.txt",
         NEW,
-        {
-            "dense": Arm("--mask none", DENSE_NEW),
-            "small dense": Arm(SMALL, DENSE_NEW),
-            "4 small dense": Arm(f"{ONE_WORKER} --eval-batches 400", DENSE_NEW, members=4),
-            "backward, blocks": Arm("--mask backward", MASKED_NEW),
-            "forward, neurons": Arm(NEURONS, MASKED_NEW),
-            "forward, blocks": Arm(BLOCKS, MASKED_NEW),
-        },
+        gpt_arms(DENSE_NEW, MASKED_NEW, 400) | {"backward, blocks": Arm("--mask backward", MASKED_NEW)},
     ),
     "images": Experiment(  # dense runs see 5 epochs, the others 20, for about the same FLOPs
         write_images,

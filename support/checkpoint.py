@@ -135,31 +135,26 @@ def restarted():
 
 
 def read_to_resume(resume, out):
-    """The checkpoint to go on from, or None, as of `read_checkpoint`, with "path" and "of_out": does it lie
+    """The checkpoint to go on from, or None, as of `read_checkpoint`, with "of_out": does it lie
     in the folder of --out? resume: --resume, which is "" where no file was named: then it is what is in
     `out`, if there is something. After a restart by torchrun that comes first. Raises UserError."""
     if resume == "" and not out:
         raise UserError("--resume: without a file, needs the --out that has one")
-    paths = [in_folder(resume)] if resume else []
+    paths = [Path(resume)] if resume else []
     if out and (resume == "" or restarted()):
         in_out = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
         paths = in_out or paths
     if not paths:
         return None
-    path, of_out = paths[0], bool(out) and paths[0].resolve().parent == Path(out).resolve()
-    return read_checkpoint(path, flag="--resume: ") | {"path": path, "of_out": of_out}
-
-
-def in_folder(path):
-    """The path of a checkpoint that is named by its file or by the folder of its run."""
-    return Path(path, LATEST) if os.path.isdir(path) else Path(path)
+    saved = read_checkpoint(paths[0], flag="--resume: ")
+    return saved | {"of_out": bool(out) and saved["path"].resolve().parent == Path(out).resolve()}
 
 
 def read_checkpoint(path, flag=""):
-    """What `save` has written, memory-mapped, with "config" as an object and a "checksum". path: a file, or a
-    folder with ckpt.pt. Raises UserError in one line where a file is anything else, or damaged. Nothing in it
-    is executed."""
-    path = in_folder(path)
+    """What `save` has written, memory-mapped, with "config" as an object, a "checksum" and the "path" of the
+    file. path: that, or a folder with ckpt.pt. Raises UserError in one line where a file is anything else, or
+    damaged. Nothing in it is executed."""
+    path = Path(path, LATEST) if os.path.isdir(path) else Path(path)
     try:
         if not os.path.isfile(path):
             raise UserError("there is no such file")
@@ -173,7 +168,7 @@ def read_checkpoint(path, flag=""):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{flag}{path}: is no checkpoint that can be read ({reason})") from error
     checksum = zlib.crc32(repr([file.CRC for file in files]).encode())
-    return saved | {"config": config, "checksum": checksum}
+    return saved | {"config": config, "checksum": checksum, "path": path}
 
 
 def check_content(saved):

@@ -46,16 +46,16 @@ def whole_numbers(text):
     return [at_least(1)(number) for number in text.split(",")]
 
 
-def make_parser(description, flags, titles=()):
-    """A Parser for a table of flags: (name, type or choices, default, meaning). titles: [(flag, title)] of
-    the groups in which --help shows them, each with its first flag."""
-    parser = Parser(description=description, allow_abbrev=False)
-    titles, group = dict(titles), parser
+def make_parser(description, flags, titles=None):
+    """A Parser for a table of flags: (name, type or choices, default, meaning). titles: {first flag: title}
+    of the groups in which --help shows them."""
+    group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
     for flag, kind, default, meaning in flags:
         usual = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         shown = "" if default in (None, False) else f" (default: {default})"
-        group = parser.add_argument_group(titles[flag]) if flag in titles else group
+        if titles and flag in titles:
+            group = parser.add_argument_group(titles[flag])
         group.add_argument(flag, default=default, help=meaning + shown, **special.get(kind, usual))
     return parser
 

@@ -59,7 +59,7 @@ def forecast(plan, make_engine):
     fullest = sorted({int(load.argmax()) for load in loads})  # one worker, unless they are unequal
     played = [play_without_memory(plan, mask, worker, processes, make_engine) for worker in fullest]
     largest = {key: max(row[key] for row, _ in played) for key in played[0][0]}
-    dense = played[0][1]
+    dense = costs.dense_worker(args, plan.whole.config, played[0][1])
     print_mask(plan, mask)
     print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
     print(costs.compare(largest, dense, processes))
@@ -69,9 +69,9 @@ def forecast(plan, make_engine):
 
 
 def play_without_memory(plan, mask, worker, processes, make_engine):
-    """What a worker takes in a step, and a dense one of DDP: two rows in the keys of `gather_costs`. It plays
-    the step on tensors that have shapes and no memory, among processes that are not there."""
-    args, config, passes = plan.args, plan.whole.config, plan.args.micro_batches
+    """(what a worker takes in a step, in the keys of `gather_costs`; its engine). It plays the step on
+    tensors that have shapes and no memory, among processes that are not there."""
+    args, passes = plan.args, plan.args.micro_batches
     mode = "backward" if args.finish else args.mask  # what takes most
     rows = args.batch_size // sum(args.rows) * args.rows[worker] // passes
     machines = args.machines or launch.count_machines()
@@ -87,11 +87,11 @@ def play_without_memory(plan, mask, worker, processes, make_engine):
         with engine.turn(worker, passes) as model:
             for _ in range(passes):
                 with costs.measured(passes) as cost:
-                    model(*example(config, rows)).backward()
+                    model(*example(plan.whole.config, rows)).backward()
         engine.optimizer.step()  # for its state
         row = engine.memory(worker) | cost
         row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
-    return row, costs.dense_worker(args, config, engine)
+    return row, engine
 
 
 @contextmanager
