@@ -306,14 +306,14 @@ def train(plan, engine, store, caught, record, before_step=None):
             phase.milliseconds.append(1e3 * (time.perf_counter() - began))
             entry = keep_count(plan, phase, step, norm, loss, lr, sent) | noted
             speed = args.batch_size * data.items_per_row / phase.milliseconds[-1] * 1e3
-            told = f"loss {loss:.3f}, {speed:,.0f} {data.items}/s"
+            status = f"loss {loss:.3f}, {speed:,.0f} {data.items}/s"
             if step == args.steps or (args.eval_every and step % args.eval_every == 0):
                 left = np.median(phase.milliseconds) / 1e3 * (args.steps - step)
-                metrics = validate(plan, engine, step, f", {told}, {tqdm.format_interval(left)} left")
+                metrics = validate(plan, engine, step, f", {status}, {tqdm.format_interval(left)} left")
                 entry |= metrics
             if metrics.get("val_loss"):
-                told += f", val_loss {metrics['val_loss']:.4f}"
-            bar.set_postfix_str(told, refresh=False)
+                status += f", val_loss {metrics['val_loss']:.4f}"
+            bar.set_postfix_str(status, refresh=False)
             record(entry)
             if progress["in_a_row"] == PATIENCE:
                 steps = f"{PATIENCE} steps in a row, up to step {step}"
@@ -344,12 +344,12 @@ def keep_count(plan, phase, step, norm, loss, lr, sent):
     return entry
 
 
-def validate(plan, engine, step, told=""):
+def validate(plan, engine, step, ending=""):
     """Validate the whole model. Returns {"val_loss": nats per item, or None, "val_accuracy": share}."""
     with whole_model(engine, plan.data, plan.args.seed) as model:
         loss, accuracy = evaluate(model, plan.data, plan.args.batch_size, engine.device)
     if engine.rank == 0:
-        line = f"step {step}: val_loss {loss:.4f} nats per {plan.data.item}, accuracy {accuracy:.4f}{told}"
+        line = f"step {step}: val_loss {loss:.4f} nats per {plan.data.item}, accuracy {accuracy:.4f}{ending}"
         tqdm.write(line)
         sys.stdout.flush()  # also where it is no terminal
     return {"val_loss": loss if math.isfinite(loss) else None, "val_accuracy": accuracy}
