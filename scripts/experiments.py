@@ -49,16 +49,16 @@ class Experiment(NamedTuple):
     score: str = "val_loss"  # what is to be low; or "error", the share of images that are classified wrongly
 
 
-def write_texts(folder, source):
+def write_texts(folder, source, size=None):
     """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
-    part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt.
-    Raises UserError where there are none."""
+    part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt,
+    in a random order; size: how many bytes, all by default. Raises UserError where there are no files."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
         raise UserError(f"{root}: is not in this version of Python; use 3.11 or 3.12")
     paths.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-    text = b"\n".join(path.read_bytes() for path in paths)
+    text = b"\n".join(path.read_bytes() for path in paths)[:size]
     part = len(text) // 11
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tune.txt").write_bytes(text[: 10 * part])
@@ -89,35 +89,52 @@ ROUNDS_IMAGES = (("--weight-decay 2e-3", "--weight-decay 5e-3"),)  # beside the 
 SMALL = "--mask none --layers 3"
 ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2"  # a model with the rows of one worker
 NEURONS, BLOCKS = "--mask forward --units neuron --resample 10", "--mask forward --resample 10"
+ENDS = f"{BLOCKS} --keep ends --coverage 0.25"  # for the costs of C = 1/2 without kept blocks
 GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
 REPEATED = f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20"
+SEVERAL = f"{GPT} --steps 2000 --eval-every 200 --eval-batches 80"
 NEW = f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100"
 IMAGES = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
 
 
-def gpt_arms(dense, masked, own_batches):
-    """The arms of both trials on text, with their rounds; own_batches: the --eval-batches of one worker's."""
-    return {
-        "dense": Arm("--mask none", dense),
-        "small dense": Arm(SMALL, dense),
-        "4 small dense": Arm(f"{ONE_WORKER} --eval-batches {own_batches}", dense, members=4),
-        "forward, neurons": Arm(NEURONS, masked),
-        "forward, blocks": Arm(BLOCKS, masked),
-    }
+def dense_arms(rounds):
+    return {"dense": Arm("--mask none", rounds), "small dense": Arm(SMALL, rounds)}
 
 
+def four_small(rounds, own_batches):
+    """Models that are averaged; own_batches: the --eval-batches of one worker's rows."""
+    return {"4 small dense": Arm(f"{ONE_WORKER} --eval-batches {own_batches}", rounds, members=4)}
+
+
+REPEATED_ARMS = {"forward, neurons": Arm(NEURONS, MASKED), "forward, blocks": Arm(BLOCKS, MASKED)}
+NEW_ARMS = {  # other masks, and dense models of other sizes, which cut networks are compared with
+    "forward, neurons": Arm(NEURONS, MASKED_NEW),
+    "forward, blocks": Arm(BLOCKS, MASKED_NEW),
+    "forward, ends kept": Arm(ENDS, MASKED_NEW),
+    "forward, third or all": Arm(f"{NEURONS} --capacity 1,1,1,3", MASKED_NEW),
+    "backward, blocks": Arm("--mask backward", MASKED_NEW),
+    "1 layer": Arm("--mask none --layers 1", DENSE_NEW),
+    "2 layers": Arm("--mask none --layers 2", DENSE_NEW),
+    "4 layers": Arm("--mask none --layers 4", DENSE_NEW),
+}
 EXPERIMENTS = {
     "repeated": Experiment(
         partial(write_texts, source="lib2to3/fixes"),
         "--data text --data-dir datasets/repeated/{part}.txt",
         REPEATED,
-        gpt_arms(DENSE, MASKED, 80),
+        dense_arms(DENSE) | four_small(DENSE, 80) | REPEATED_ARMS,
+    ),
+    "several": Experiment(  # 2.4 epochs of ten times as much text
+        partial(write_texts, source="", size=1_060_000),
+        "--data text --data-dir datasets/several/{part}.txt",
+        SEVERAL,
+        dense_arms(DENSE_NEW[1:]) | {"forward, ends kept": Arm(ENDS, (MASKED_NEW[0], RATE))},
     ),
     "new": Experiment(  # a tenth of an epoch
         partial(write_texts, source=""),
         "--data text --data-dir datasets/new/{part}.txt",
         NEW,
-        gpt_arms(DENSE_NEW, MASKED_NEW, 400) | {"backward, blocks": Arm("--mask backward", MASKED_NEW)},
+        dense_arms(DENSE_NEW) | four_small(DENSE_NEW, 400) | NEW_ARMS,
     ),
     "images": Experiment(  # dense runs see 5 epochs, the others 20, for about the same FLOPs
         write_images,

@@ -68,7 +68,8 @@ def draw_loss(figure, arms):
         for axes, key in zip(panels, shown):
             unit, title = COSTS[key]
             cost = costs[key] / unit
-            axes.plot(cost, mean, "o-", color=f"C{number}", label=arm)
+            style = "o-" if number < 10 else "s--"  # there are ten colors
+            axes.plot(cost, mean, style, color=f"C{number}", label=arm)
             axes.fill_between(cost, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
             axes.vlines(cost[-1], low[-1], high[-1], color=f"C{number}")
             axes.set_xlabel(title)

@@ -87,6 +87,8 @@ def test_texts_share_what_is_learnt(tmp_path):
     tune, report = ((tmp_path / name).read_bytes() for name in ("tune.txt", "report.txt"))
     part = len(tune) // 10
     assert tune[: 9 * part] == report[: 9 * part] and tune[9 * part :] != report[9 * part :]
+    experiments.write_texts(tmp_path, "asyncio", size=1100)
+    assert (tmp_path / "tune.txt").read_bytes() == tune[:1000]
     with pytest.raises(UserError, match="is not in this version of Python"):
         experiments.write_texts(tmp_path, "nothing")
 
