@@ -128,7 +128,7 @@ EXPERIMENTS = {
         partial(write_texts, source="", size=1_060_000),
         "--data text --data-dir datasets/several/{part}.txt",
         SEVERAL,
-        dense_arms(DENSE_NEW[1:]) | {"forward, ends kept": Arm(ENDS, (MASKED_NEW[0], RATE))},
+        dense_arms((RATE,)) | {"forward, ends kept": Arm(f"{ENDS} --resample 100", (RATE,))},
     ),
     "new": Experiment(  # a tenth of an epoch
         partial(write_texts, source=""),
