@@ -1,5 +1,6 @@
-"""Halves of trained GPTs: PYTHONPATH=. python results/halves.py ckpt.pt..., of scripts.experiments new.
+"""Halves of trained GPTs: PYTHONPATH=. python results/halves.py ckpt.pt...
 
+The checkpoints are those of `python -m scripts.experiments new`, which also writes the text.
 Heads and groups of neurons are chosen by chance, or by what the loss would change without a unit: |gradient
 times weight|, as in https://arxiv.org/abs/1906.10771. Both are then trained for 100 steps more.
 """
@@ -31,7 +32,7 @@ def validate(model):
 
 
 def importance(model, units):
-    """Of each unit, over 50 batches: the mean of |the sum of gradient times weight|."""
+    """Of each unit, the sum over 50 batches of |the sum of gradient times weight|: float [units]."""
     model, total = copy.deepcopy(model).requires_grad_(True), np.zeros(len(units))
     for step in range(1, 51):
         model.zero_grad()

@@ -52,7 +52,8 @@ class Experiment(NamedTuple):
 def write_texts(folder, source, size=None):
     """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
     part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt,
-    in a random order; size: how many bytes, all by default. Raises UserError where there are no files."""
+    in the order of a hash of their paths; size: how many bytes, by default all. Raises UserError where there
+    are no files."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
@@ -78,6 +79,7 @@ def write_images(folder):
                 np.save(out / f"{name}.npy", array)
 
 
+# Rounds of tuning.
 DECAY = ("--weight-decay 0.3", "--weight-decay 1", "--weight-decay 3")  # beside the default, 0.1
 RATE = ("--lr 6e-3",)  # beside the default, 3e-3
 DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"), DECAY, RATE)
@@ -86,6 +88,7 @@ DENSE_NEW = (("--dropout 0.1",), ("--weight-decay 0.3",), RATE)
 MASKED_NEW = (("--resample 100",), ("--weight-decay 0.3",), RATE)
 ROUNDS_IMAGES = (("--weight-decay 2e-3", "--weight-decay 5e-3"),)  # beside the default, 5e-4
 
+# Flags of arms, then of experiments.
 SMALL = "--mask none --layers 3"
 ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2"  # a model with the rows of one worker
 NEURONS, BLOCKS = "--mask forward --units neuron --resample 10", "--mask forward --resample 10"
@@ -102,7 +105,8 @@ def dense_arms(rounds):
 
 
 def four_small(rounds, own_batches):
-    """Models that are averaged; own_batches: the --eval-batches of one worker's rows."""
+    """Models that are averaged; own_batches: the --eval-batches that, of 2 rows each, are as many rows as the
+    others have."""
     return {"4 small dense": Arm(f"{ONE_WORKER} --eval-batches {own_batches}", rounds, members=4)}
 
 
@@ -287,19 +291,21 @@ def spread(numbers):
 
 
 def row(experiment, name):
-    """The row of an arm in the table; of dashes as long as runs are missing. Costs are those before tuning,
-    so that regularisers do not hide what masks save: FLOPs of the run, and otherwise of a step."""
+    """The row of an arm in the table; of dashes where runs are missing or were given up. Costs are those
+    before tuning, so that regularisers do not hide what masks save: FLOPs of the run, and otherwise of a
+    step."""
     arm = EXPERIMENTS[experiment].arms[name]
     flags, best = tune(experiment, name)
     results = [find_run(experiment, name, flags, seed, arm.members > 1).read() for seed in SEEDS]
     own, dense = (find_run(experiment, each, "", TUNING_SEED).read() for each in (name, "dense"))
-    if None in (best, own, dense, *results):
+    if not all(result and result["curve"] for result in (best, own, dense, *results)):
         return f"| {name} | - | - | - | - | - | - |"
     tuning, curves = scores(experiment, best), [scores(experiment, result) for result in results]
     costs = [own["costs"][key] / dense["costs"][key] for key in COST_KEYS[:2]]
     costs.append(own["curve"][-1]["flops"] / dense["curve"][-1]["flops"])
     at_best = spread([curve[int(np.argmin(tuning))] for curve in curves]) if arm.members == 1 else "-"
-    cells = [name, f"`{arm.flags} {flags}`", " / ".join(f"{cost:.2f}" for cost in costs)]
+    all_flags = f"{arm.flags} {flags}".strip()
+    cells = [name, f"`{all_flags}`", " / ".join(f"{cost:.2f}" for cost in costs)]
     cells += [f"{1 + sum(map(len, arm.rounds))}", f"{min(tuning):.3f}", at_best]
     return f"| {' | '.join([*cells, spread([curve[-1] for curve in curves])])} |"
 

@@ -144,3 +144,11 @@ def test_results_are_those_of_the_files(name, monkeypatch):
     tried = {sum(map(len, arm.rounds)) for arm in EXPERIMENTS[name].arms.values()}
     assert len(tried) == 1
     assert experiments.table(name) in Path("results/README.md").read_text()
+
+
+def test_levers_are_those_of_the_files():
+    text = (HERE / "results/README.md").read_text()
+    for path in sorted((HERE / "results/levers").glob("*.json")):
+        run = json.loads(path.read_text())
+        rows = [line for line in text.splitlines() if line.startswith(f"| {run['arm']} |")]
+        assert len(rows) == 1 and rows[0].endswith(f"| {run['curve'][-1]['val_loss']:.3f} |")
