@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from data import load
 from masks import columns
@@ -22,13 +21,9 @@ torch.set_num_threads(1)
 DATA = load("text", "datasets/new/report.txt", 128, 160)
 
 
-def loss(model, x, y):
-    return cross_entropy(model(x).flatten(0, 1), y.flatten())
-
-
 @torch.no_grad()
 def validate(model):
-    return np.mean([loss(model, x, y).item() for x, y in zip(*(t.split(8) for t in DATA.validation()))])
+    return np.mean([model(x, y).item() for x, y in zip(*(t.split(8) for t in DATA.validation()))])
 
 
 def importance(model, units):
@@ -36,7 +31,7 @@ def importance(model, units):
     model, total = copy.deepcopy(model).requires_grad_(True), np.zeros(len(units))
     for step in range(1, 51):
         model.zero_grad()
-        loss(model, *DATA.batch(seed=7, step=step, size=8)).backward()
+        model(*DATA.batch(seed=7, step=step, size=8)).backward()
         for layer, own in columns(units).items():
             for name, p in model.named_parameters():
                 if name.startswith(f"{layer}."):
@@ -58,7 +53,7 @@ def train_more(part, steps=100, lr=3e-3):
     optimizer = torch.optim.AdamW(part.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-        loss(part, *DATA.batch(seed=8, step=step, size=8)).backward()
+        part(*DATA.batch(seed=8, step=step, size=8)).backward()
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -3,7 +3,6 @@
 Writes results/levers/NAME-SEED.json of each, and prints a line. Some levers are functions, not flags.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 import masks
 import train
-from scripts.experiments import read_out, versions, write_texts
+from scripts.experiments import Run, read_out, versions, write_texts
 from sdp import SDP
 
 SEED, STEPS, EVERY = 0, 500, 10
@@ -68,12 +67,10 @@ if __name__ == "__main__":
     write_texts(Path("datasets/levers"), "")
     for name in sys.argv[1:]:
         flags, more = LEVERS[name]
-        out, result = Path("runs/levers", f"{name}-{SEED}"), Path("results/levers", f"{name}-{SEED}.json")
-        if not (out / "summary.json").exists():
-            train.main(f"{COMMON} {flags} --out {out} --overwrite".split(), **more)
-        about = {"arm": name, "seed": SEED, "flags": f"{COMMON} {flags}".split(), "versions": versions()}
-        found = about | read_out(out)
-        result.parent.mkdir(exist_ok=True)
-        result.write_text(json.dumps(found, indent=1) + "\n")
-        last = found["curve"][-1]
-        print(f"{name}: {last['val_loss']:.3f} nats per byte, {last['flops']:.4g} FLOPs of a worker")
+        result, out = Path("results/levers", f"{name}-{SEED}.json"), Path("runs/levers", f"{name}-{SEED}")
+        run = Run(f"{COMMON} {flags}".split(), result, out)
+        if run.read() is None:
+            train.main([*run.flags, "--out", str(out), "--overwrite"], **more)
+            about = {"arm": name, "seed": SEED, "flags": run.flags, "versions": versions()}
+            run.write(about | read_out(out))
+        print(f"{name}: {run.read()['curve'][-1]['val_loss']:.3f} nats per byte")
