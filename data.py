@@ -23,7 +23,7 @@ from masks import UserError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders
 KINDS = ("python", "text", "fineweb", "cifar10", "cifar100", "imagenet")  # what --data can be
-HELD_OUT = 13  # of 256 files of text
+HELD_OUT = 13  # files out of 256, of text
 TOKENS = 50257  # of GPT-2; a model for them has 50304, a multiple of 128
 ARRAYS = ("train", "train-labels", "val", "val-labels")  # NAME.npy, for the first arguments of Images
 # What libraries raise where a file is not what they expect:
@@ -133,7 +133,7 @@ def read_folder(root, ending):
         for path in (Path(here, name) for name in sorted(files) if name.endswith(ending)):
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
             (held_out if digest[0] < HELD_OUT else train).append(path.read_bytes())
-    return (np.frombuffer(b"\n".join(part), np.uint8) for part in (train, held_out))
+    return tuple(np.frombuffer(b"\n".join(part), np.uint8) for part in (train, held_out))
 
 
 def fineweb(folder, context=1024, tests=1):
@@ -243,7 +243,7 @@ def shifted(rng, number, side):
 
 def resized(rng, number, side):
     """Boxes (number, 4) as of Inception (https://arxiv.org/abs/1409.4842), 3/4 to 4/3 as wide as high."""
-    area = rng.uniform(0.25, 1, number)  # of that of the image; there from 8 % on
+    area = rng.uniform(0.25, 1, number)  # the share of the image that is seen; Inception begins at 0.08
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), number))
     scale = np.minimum(1, np.sqrt(np.column_stack([area * ratio, area / ratio])))
     return np.column_stack([rng.uniform(-1, 1, (number, 2)) * (1 - scale), scale])
