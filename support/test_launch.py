@@ -208,11 +208,12 @@ def test_threads_are_chosen_by_the_user_alone(monkeypatch, of_torchrun, own, pro
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in {**own, "LOCAL_WORLD_SIZE": str(processes)}.items():
         monkeypatch.setenv(name, value)
-    with subprocess.Popen(["/bin/sleep", str(HANGS)], env={"PATH": "/bin"} | of_torchrun) as parent:
+    wait = ["/bin/sh", "-c", "echo; read line"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(wait, env={"PATH": "/bin"} | of_torchrun, **pipes) as parent:
+        parent.stdout.readline()  # until it runs, /proc may show an empty environment
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-        found = launch.threads_were_chosen()
-        parent.kill()
-    assert found == chosen
+        assert launch.threads_were_chosen() == chosen
 
 
 @pytest.mark.parametrize("chosen, threads", [(False, 3), (True, 5)])
