@@ -1,31 +1,52 @@
-"""The engine of Subnetwork Data Parallelism: owners, pull, push, step.
+"""The engine: owners, pull, push, step. course/naive.py computes the same, and saves nothing.
 
-Every parameter has one *owner*, whatever the masks. A *bucket*, one layer's parameters end to end, is cut
-into slices: each process keeps the master copy and the optimizer state of one. A step is
+Each parameter has one *owner*, a process, whatever the masks. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
-    push    workers send each gradient to its owner, who sums over the workers that train it
-    step    owners divide by the number of those workers, clip, and update their slices
+    push    workers send each gradient to its owner, who adds it up over the workers that train it
+    step    owners divide by the number of those workers, clip, and update what they own
 
-Pull and push are one all_to_all of a bucket each, or two *hops* where there are several machines: across
-and inside. No activation moves. A process plays its workers in turn:
+Pull and push are all_to_alls, layer by layer; no activation moves. A whole program, on one process:
 
-    engine = SDP(build, initial_value, optimizer, units, mask, mode)
-    for worker in engine.workers:
+    from functools import partial
+    import torch, torch.distributed as dist
+    from masks import assign
+    from model import GPTConfig, build, example, initial_value, units_of
+    from sdp import SDP
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    config = GPTConfig(layers=2)
+    units = units_of(build(config), "block")
+    mask = assign(units, workers=2, holders=1)  # bool [workers, units]
+    first, adamw = partial(initial_value, seed=0), torch.optim.AdamW
+    engine = SDP(partial(build, config), first, adamw, units, mask, "backward")
+    for worker in engine.workers:  # one after the other
         with engine.turn(worker) as model:
-            model(x, y).backward()
-    engine.step(lr)
+            model(*example(config, rows=4)).backward()
+    (norm,) = engine.step(lr=1e-3)
 
-Needs an initialised torch.distributed. Read next: data.py, then train.py.
+A *bucket* is one layer's parameters, end to end. A *chunk* is a unit's share of one parameter, or a parameter
+without units; a *run* is chunks side by side. A *slice* is what a process owns of a bucket, a *piece* what it
+owns of one parameter. A *part* is what a worker has of a bucket. A *route* leads from owners to workers.
+Here a bucket has a norm (3 values, shared) and a matrix of 2 units (4 values each). Worker 0, on process 0,
+holds unit 0; worker 1, on process 1, holds unit 1; with forward masking they read no more:
+
+    value           0  1  2  3  4  5  6  7  8  9 10    chunk_edges    0 3 7 11
+    unit           -1 -1 -1  0  0  0  0  1  1  1  1    unit_of_chunk  -1 0 1    (-1: all workers have it)
+    owner           0  0  0  0  0  0  1  1  1  1  1    slice_edges    0 6 11
+    worker 0 has    x  x  x  x  x  x  x                my_edges       0 3 6 6   of process 0
+    worker 1 has    x  x  x              x  x  x  x                   0 0 1 5   of process 1
+    process 0: from_owners 6 1, to_workers 6 3, runs (0, 6) (0, 3): what workers 0 and 1 have of its slice
+    process 1: from_owners 3 4, to_workers 1 4, runs (0, 1) (1, 5)
 """
 
 import math
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -40,7 +61,7 @@ class PeerLost(RuntimeError):
 
 @contextmanager
 def peers():
-    """`with peers():` around a collective that other processes have to take part in. Raises PeerLost."""
+    """`with peers():` around a collective: what torch raises where another process fails is a PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -48,24 +69,21 @@ def peers():
 
 
 def add_up(numbers):
-    """A list of floats, each summed over the processes. NCCL wants them on the GPU, gloo on the CPU."""
-    totals = torch.tensor(numbers, dtype=torch.float64)
-    totals = totals.cuda() if dist.get_backend() == "nccl" else totals
+    """A list of numbers or scalar tensors, each summed over the processes, as floats."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    totals = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
     with peers():
         dist.all_reduce(totals)
     return totals.tolist()
 
 
-def bucket_of(name):
-    """The bucket of a parameter: "blocks.3" for "blocks.3.mlp.up", "embedding" for "embedding.weight"."""
-    return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
-
-
 def by_bucket(model):
-    """{bucket: {name: parameter}}, in the model's order."""
+    """{bucket: {name: parameter}}, in the model's order. "blocks.3.mlp.up" is in the bucket "blocks.3",
+    "embedding.weight" in "embedding"."""
     buckets = defaultdict(dict)
     for name, parameter in model.named_parameters():
-        buckets[bucket_of(name)][name] = parameter
+        words = name.split(".")
+        buckets[".".join(words[: 2 if words[0] == "blocks" else 1])][name] = parameter
     return buckets
 
 
@@ -89,40 +107,17 @@ def runs(has, edges):
     return list(zip(begins[begins < ends].tolist(), ends[begins < ends].tolist()))
 
 
-class Layout:
-    """Machines with equally many processes, in the order of the ranks. Where both are several, a process is
-    in two groups: `across`, those at the same place of all machines, and `inside`, those of its machine.
-    Slices are numbered place by place: so what a process receives from the places of its machine, one after
-    another, is in the bucket's order."""
-
-    def __init__(self, machines=1, timeout=None, capacity=None):
-        """timeout: of the groups, a timedelta; capacity: a whole number of each worker (default: equal)."""
-        rank, processes = dist.get_rank(), dist.get_world_size()
-        slices = ranks = np.arange(processes).reshape(machines, -1)  # [machines, places]
-        self.machines, (self.machine, self.place) = machines, divmod(rank, processes // machines)
-        self.two_levels = 1 < machines < processes
-        if self.two_levels:
-            self.inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
-            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
-            slices = ranks.T
-        self.my_slice = slices.flatten().tolist().index(rank)
-        of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
-        self.capacity = of_processes[slices.flatten()]  # [slices]
-
-
 class Bucket:
     """One layer of the whole model, flattened, and the slice of it that this process owns. Chunk c lies from
-    chunk_edges[c] to chunk_edges[c + 1] and is of unit_of_chunk[c]. Slice s lies from
-    slice_edges[s] to slice_edges[s + 1]. my_edges are the chunks' edges counted from the start of the owned
-    slice; what lies outside of it has no length there."""
+    chunk_edges[c] to chunk_edges[c + 1], slice s from slice_edges[s] to slice_edges[s + 1]. my_edges are the
+    chunks' edges counted from the start of the owned slice; what lies outside has no length there."""
 
     def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
         initial_value(name) is asked for parameters that reach into the slice, one after another."""
         unit_of_chunk, sizes = chunks_of(parameters, units_of_layer)
         self.unit_of_chunk, self.chunk_edges = np.array(unit_of_chunk), np.cumsum([0, *sizes])
-        shares = np.cumsum([0, *layout.capacity])
-        self.slice_edges = (shares * math.ceil(sum(sizes) / shares[-1])).clip(max=sum(sizes))
+        self.slice_edges = layout.slice_edges(sum(sizes))
         start, stop = self.slice_edges[layout.my_slice : layout.my_slice + 2].tolist()
         self.my_edges = self.chunk_edges.clip(start, stop) - start
         wide = torch.promote_types(dtype, torch.float32)
@@ -137,14 +132,15 @@ class Bucket:
             if a < b:
                 where = slice(a - begin, b - begin)
                 self.master[a - start : b - start] = initial_value(name).flatten()[where]
-                piece = torch.nn.Parameter(self.master[a - start : b - start])
-                piece.grad = self.mean[a - start : b - start]
+                piece = torch.nn.Parameter(self.master[a - start : b - start])  # an alias, for the optimizer
+                piece.grad = self.mean[a - start : b - start]  # also an alias: a push adds to it
                 self.pieces[name] = where, piece
             begin += parameter.numel()
 
     def has(self, mask):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
-        return np.column_stack([mask, np.full(len(mask), True)])[:, self.unit_of_chunk]  # -1: the last column
+        with_shared = np.column_stack([mask, np.full(len(mask), True)])  # unit -1 is the last column
+        return with_shared[:, self.unit_of_chunk]
 
     def count_trainers(self, trains, weights):
         """What to divide sums by: the weights, [workers], of who trains; trains: bool [workers, units]."""
@@ -154,54 +150,110 @@ class Bucket:
             self.trainers += [(a, b, number) for a, b in runs(trainers[None] == number, self.my_edges)]
 
 
-class Hop:
-    """One all_to_all of a bucket, from who has values to who wants them; a push goes the other way. Each
-    member of a group has what lies between two `cuts`, in the order of the chunks: so what a member gets from
-    the first, then from the second, and so on, is in the bucket's order, and nothing needs to be sorted."""
+class Route:
+    """The way of some chunks of a bucket from their owners to the workers that want them. What a worker gets
+    from the first owner, then from the second, and so on, is in the bucket's order: nothing is sorted."""
 
-    def __init__(self, group, me, crosses, edges, cuts, source_edges, wants):
-        """me: this process's number in the group; crosses: are the others on other machines? edges: of the
-        chunks; source_edges: of the chunks in what this member has; wants: bool [members, chunks]."""
-        self.group, self.me, self.crosses = group, me, crosses
-        self.layers = 2 if crosses and group else 1  # of computing, while it is under way
-        # how many elements this member gets from each other one, and each other one from it
-        self.received = [int(wants[me] @ np.diff(edges.clip(a, b))) for a, b in pairwise(cuts.tolist())]
-        self.sent = (wants @ np.diff(source_edges)).tolist()
-        self.runs = runs(wants, source_edges)  # what is sent, one member after another
-        self.edges = np.cumsum([0, *wants[me] * np.diff(edges)])  # of the chunks, in what this member gets
+    def __init__(self, wants, chunk_edges, slice_edges, my_edges, traffic, group=None):
+        """wants: bool [processes, chunks], of the workers that play now; edges: see Bucket; traffic: a
+        Counter of the bytes that leave this process."""
+        me, slices = dist.get_rank(group), pairwise(slice_edges.tolist())
+        self.from_owners = [int(wants[me] @ np.diff(chunk_edges.clip(a, b))) for a, b in slices]
+        self.to_workers = (wants @ np.diff(my_edges)).tolist()
+        self.runs = runs(wants, my_edges)  # of what is sent, one worker after another
+        self.traffic, self.group = traffic, group
+        self.is_used = wants.any()  # the same everywhere: all processes skip an empty route
+
+    def pull(self, owned, values):
+        """Fill `values`, flat and in the parameters' dtype, from what all processes own."""
+        owned = owned.to(values.dtype)  # once: torch.cat would convert run by run
+        pieces = [owned[a:b] for a, b in self.runs]
+        send = torch.cat(pieces) if pieces else owned[:0]
+        yield from self.exchange("pull", values, send, self.from_owners, self.to_workers)
+
+    def push(self, gradients, total):
+        """Add flat gradients to the owners' `total`, in the order of the ranks and in its precision: so
+        that each run gives the same sum."""
+        received = gradients.new_empty(sum(self.to_workers))
+        yield from self.exchange("push", received, gradients, self.to_workers, self.from_owners)
+        for (a, b), gradient in zip(self.runs, received.split([b - a for a, b in self.runs])):
+            total[a:b].add_(gradient)
+
+    def exchange(self, kind, received, send, received_sizes, send_sizes):
+        """The one place where values move. Like pull and push it is a generator: it starts the exchange,
+        stops while that is under way, and waits for its end."""
+        kept = send_sizes[dist.get_rank(self.group)]
+        self.traffic[kind] += (len(send) - kept) * send.element_size()
+        # gloo was silently wrong with CUDA tensors (https://github.com/pytorch/pytorch/pull/170812)
+        through_cpu = send.is_cuda and dist.get_backend(self.group) == "gloo"
+        into = torch.empty_like(received, device="cpu") if through_cpu else received
+        send = send.cpu() if through_cpu else send
+        sizes = received_sizes, send_sizes
+        work = dist.all_to_all_single(into, send, *sizes, group=self.group, async_op=True)
+        yield
+        with peers():
+            work.wait()
+        if through_cpu:
+            received.copy_(into)
 
 
-def hops_of(bucket, has, layout):
-    """From the owners to the workers that play now; has: bool [processes, chunks], what each of them has. In
-    two levels a value crosses once to each machine where anybody has it."""
-    machines, place, edges, cuts = layout.machines, layout.place, bucket.chunk_edges, bucket.slice_edges
-    if not layout.two_levels:
-        return [Hop(None, dist.get_rank(), machines > 1, edges, cuts, bucket.my_edges, has)]
-    by_machine = has.reshape(machines, -1, has.shape[1])  # [machines, places, chunks]
-    group, cuts_here = layout.across, cuts[place * machines : (place + 1) * machines + 1]  # of this place
-    edges_here, wants = edges.clip(cuts_here[0], cuts_here[-1]), by_machine.any(axis=1)
-    across = Hop(group, layout.machine, True, edges_here, cuts_here, bucket.my_edges, wants)
-    wants = by_machine[layout.machine]
-    return [across, Hop(layout.inside, place, False, edges, cuts[::machines], across.edges, wants)]
+class Routes:
+    """Both ways of a bucket: of values that workers train, and of frozen ones, which they only read."""
+
+    def __init__(self, bucket, trained, frozen, traffic):
+        """trained, frozen: bool [processes, chunks]."""
+        edges = bucket.chunk_edges, bucket.slice_edges, bucket.my_edges
+        self.both = [Route(wants, *edges, traffic) for wants in (trained, frozen)]
+        self.push_buffer = sum(self.both[0].to_workers)  # elements
+
+    def pull(self, owned, values):
+        """values: the trained ones, then the frozen ones."""
+        parts = values.split([sum(route.from_owners) for route in self.both])
+        pulls = [route.pull(owned, part) for route, part in zip(self.both, parts) if route.is_used]
+        yield from zip_longest(*pulls)  # side by side
+
+    def push(self, gradients, total):
+        if self.both[0].is_used:
+            yield from self.both[0].push(gradients, total)
+
+
+class Layout:
+    """Who owns what, and the routes there: process r owns slice r, and one all_to_all reaches everybody."""
+
+    def __init__(self):
+        self.my_slice = dist.get_rank()
+
+    def slice_edges(self, size):
+        """int64 [slices + 1] of a bucket with so many values: equal slices, but for the last ones."""
+        processes = dist.get_world_size()
+        return (np.arange(processes + 1) * math.ceil(size / processes)).clip(max=size)
+
+    def routes(self, bucket, trained, frozen, traffic):
+        return Routes(bucket, trained, frozen, traffic)
+
+    def exchanges_at_once(self, has):
+        """How many exchanges are under way at most; has: bool [workers, units]. A worker has one of every
+        N / p layers, so it is never further ahead of others. With fewer exchanges it would wait for them."""
+        return math.ceil(has.size / has.sum())
+
+    def finish_oldest(self, under_way):
+        """Wait for the first of the exchanges under way, a deque, and remove it."""
+        for _ in under_way.popleft():
+            pass
 
 
 class Part:
     """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
 
-    def __init__(self, bucket, trains, reads, model, parameters, traffic, dtype, layout):
-        """trains, reads: bool [processes, chunks]; parameters: {name: parameter of `model`}, on the meta
-        device until now; traffic: a Counter of the bytes sent."""
-        self.bucket, self.traffic = bucket, traffic
-        self.pull_hops, self.push_hops = hops_of(bucket, reads, layout), hops_of(bucket, trains, layout)
-        self.missing = 0  # gradients that are still to come in this turn
-        me, edges = [dist.get_rank()], self.pull_hops[-1].edges
-        trained, frozen = (runs(has[me], edges) for has in (trains, reads & ~trains))
-        self.order = trained + frozen if trained and frozen else None  # a pull brings them mixed up
-        meta = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
-        sizes = [like.numel() for _, like in meta]
+    def __init__(self, bucket, routes, model, parameters, dtype):
+        """parameters: {name: parameter of `model`}, on the meta device until now."""
+        self.bucket, self.routes = bucket, routes
+        self.is_here, self.missing = False, 0  # was it pulled, and how many gradients are still to come?
+        in_order = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
+        sizes = [like.numel() for _, like in in_order]
         self.values = torch.empty(sum(sizes), dtype=dtype, device=bucket.master.device)
         self.trained = []
-        for (name, like), view in zip(meta, self.values.split(sizes)):
+        for (name, like), view in zip(in_order, self.values.split(sizes)):
             parameter = torch.nn.Parameter(view.view(like.shape), requires_grad=like.requires_grad)
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, parameter)
@@ -211,126 +263,92 @@ class Part:
 
     def resize(self, nbytes):
         """Allocate the parameters, or with 0 free them; the tensors stay."""
-        self.values.untyped_storage().resize_(nbytes)
+        storage = self.values.untyped_storage()
+        if storage.nbytes() != nbytes:  # resize_ copies everything, even to the size that there is
+            storage.resize_(nbytes)
 
     def pull(self):
-        """Fill the parameters with the owners' values: a generator, which stops while a hop is under way."""
-        values = self.bucket.master
-        for hop in self.pull_hops:
-            send = self.values.new_empty(sum(hop.sent))
-            torch.cat([values[:0], *(values[a:b] for a, b in hop.runs)], out=send)
-            straight = hop is self.pull_hops[-1] and not self.order
-            values = self.values if straight else self.values.new_empty(sum(hop.received))
-            yield from self._exchange("pull", hop, values, send, hop.received, hop.sent)
-        if self.order:
-            torch.cat([values[a:b] for a, b in self.order], out=self.values)
+        """Fill the parameters with the owners' values."""
+        yield from self.routes.pull(self.bucket.master, self.values)
+        self.is_here = True
 
     def push(self):
-        """Send the gradients to their owners, and free them: a generator, which stops while a hop is under
-        way. They leave from the memory of the weights, which nothing needs any more. Each hop adds up in rank
-        order and in the owners' precision, so that each run gives the same sum."""
-        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
-        total = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: autograd need not know
-        torch.cat([total[:0], *(gradient.flatten() for gradient in gradients)], out=total)
+        """Send the gradients to their owners, and free them. They leave from the memory of the weights,
+        which nothing needs any more."""
+        gradients = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: unseen by autograd
+        if self.trained:
+            flat = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
+            torch.cat([gradient.flatten() for gradient in flat], out=gradients)
         for parameter in self.trained:
             parameter.grad = None
-        for hop in reversed(self.push_hops):
-            send = total.to(self.values.dtype)
-            received = send.new_empty(sum(hop.sent))
-            yield from self._exchange("push", hop, received, send, hop.sent, hop.received)
-            mean = self.bucket.mean
-            total = mean if hop is self.push_hops[0] else mean.new_zeros(sum(self.push_hops[0].received))
-            for (a, b), gradient in zip(hop.runs, received.split([b - a for a, b in hop.runs])):
-                total[a:b] += gradient
-
-    def _exchange(self, kind, hop, received, send, received_splits, send_splits):
-        """One all_to_all, under way while this generator stops at the size of its buffer, in bytes. gloo has
-        been silently wrong with CUDA tensors (https://github.com/pytorch/pytorch/pull/170812): they go
-        through CPU buffers."""
-        sent = (sum(send_splits) - send_splits[hop.me]) * send.element_size()
-        self.traffic.update({kind: sent, "between_machines": sent * hop.crosses})
-        through_cpu = send.is_cuda and dist.get_backend() == "gloo"
-        to = torch.empty_like(received, device="cpu") if through_cpu else received
-        send = send.cpu() if through_cpu else send
-        work = dist.all_to_all_single(to, send, received_splits, send_splits, group=hop.group, async_op=True)
-        for _ in range(hop.layers):
-            yield received.nbytes
-        with peers():
-            work.wait()
-        if through_cpu:
-            received.copy_(to)
-
-
-def advance(under_way, *more):
-    """Let what is under way go on, oldest first, and start `more`. As it is called once a layer, a hop across
-    has the time of two. Returns what has not ended, as [(exchange, bytes of its buffer)]; so is under_way."""
-    exchanges = [exchange for exchange, _ in under_way] + list(more)
-    buffers = [(exchange, next(exchange, None)) for exchange in exchanges]
-    return [(exchange, nbytes) for exchange, nbytes in buffers if nbytes is not None]
+        yield from self.routes.push(gradients, self.bucket.mean)
 
 
 class Worker:
     """The module of one worker, and the order in which it pulls and pushes. All workers take part in every
-    collective, also who has nothing of a bucket, in one order: pulls first bucket to last, each finished just
-    before its layer runs; pushes last to first, each sent when its gradients are complete."""
+    exchange, also who has nothing of a bucket, in one order: pulls first bucket to last, each finished just
+    before its layer runs; pushes last to first, each started when its gradients are complete."""
 
     def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
-        self.model, self.parts, self.dry = model, [], False
-        self.fetched, self.unsent = 0, []  # how many parts are there, and those that wait for gradients
-        self.pulling, self.pushing, self.grad_bytes = [], [], 0  # see `advance`; of gradients at their most
+        self.model, self.layout, self.parts = model, layout, []
+        self.pulls_at_once, self.pushes_at_once = map(layout.exchanges_at_once, (reads, trains))
         modules, parameters = dict(model.named_modules()), by_bucket(model)
-        for number, (name, bucket) in enumerate(buckets.items(), start=1):
-            has = bucket.has(trains), bucket.has(reads)
-            part = Part(bucket, *has, model, parameters[name], traffic, dtype, layout)
+        for name, bucket in buckets.items():
+            trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
+            routes = layout.routes(bucket, trained, frozen, traffic)
+            part = Part(bucket, routes, model, parameters[name], dtype)
             self.parts.append(part)
+            # weak: autograd hides its references from the garbage collector, and nothing would be freed
+            me, weak_part = weakref.proxy(self), weakref.proxy(part)
             if name in modules:
-                modules[name].register_forward_pre_hook(partial(Worker.fetch, weakref.proxy(self), number))
+                modules[name].register_forward_pre_hook(partial(Worker.wait_for, me, weak_part))
             for parameter in part.trained:
-                # weak: autograd hides its references from the garbage collector, and nothing would be freed
-                hook = partial(Worker._count_gradient, weakref.proxy(self), weakref.proxy(part))
+                hook = partial(Worker._count_gradient, me, weak_part)
                 parameter.register_post_accumulate_grad_hook(hook)
-        self.ahead = sum(hop.layers for hop in self.parts[0].pull_hops)  # from the start of a pull to its end
 
-    def begin(self, passes=1, dry=False):
-        """Allocate the parameters, and start to pull them for so many passes; if dry, let them be zeros."""
+    def begin(self, passes=1):
+        """Allocate the parameters, and start to pull them for so many passes."""
+        self.unpulled, self.unpushed = deque(self.parts), list(self.parts)  # first to last
+        self.pulling, self.pushing = deque(), deque()  # exchanges under way, oldest first
+        self.model.zero_grad()  # an interrupted turn may have left some
         for part in self.parts:
             part.resize(part.values.nbytes)
-            part.missing = passes * len(part.trained)
-            if dry:
-                part.values.zero_()
-        self.dry, self.unsent = dry, [] if dry else list(self.parts)
-        self.fetched = -self.ahead
-        self.fetch(0)
+            part.is_here, part.missing = False, passes * len(part.trained)
+        for _ in range(self.pulls_at_once):
+            self._start_pull()
 
-    def fetch(self, needed, *_):
-        """Wait until so many parts are there, while the next ones are on their way."""
-        while self.fetched < needed and not self.dry:
-            coming = self.parts[self.fetched + self.ahead :][:1]
-            self.pulling = advance(self.pulling, *(part.pull() for part in coming))
-            self.fetched += 1
+    def _start_pull(self):
+        if self.unpulled:
+            self.pulling.append(self.unpulled.popleft().pull())
+            next(self.pulling[-1], None)  # None: nobody reads this part now, and the pull ends at once
+
+    def wait_for(self, part, *_):
+        """Wait until a part is there, while the next ones are on their way."""
+        while not part.is_here:
+            self.layout.finish_oldest(self.pulling)
+            self._start_pull()
 
     def _count_gradient(self, part, parameter):
-        if self.dry:
-            parameter.grad = None
-            return
         part.missing -= 1
         if part.missing < 0:
             raise RuntimeError("more backward passes than turn(worker, passes) was told of")
-        while self.unsent and self.unsent[-1].missing == 0:  # also parts of which this worker has nothing
-            self._push()
+        while self.unpushed and self.unpushed[-1].missing == 0:  # also parts of which it has nothing
+            self._start_push()
 
-    def _push(self):
-        alive = sum(p.grad.nbytes for part in self.unsent for p in part.trained if p.grad is not None)
-        self.grad_bytes = max(self.grad_bytes, alive + sum(nbytes for _, nbytes in self.pushing))
-        self.pushing = advance(self.pushing, self.unsent.pop().push())
+    def _start_push(self):
+        if len(self.pushing) == self.pushes_at_once:
+            self.layout.finish_oldest(self.pushing)
+        self.pushing.append(self.unpushed.pop().push())
+        next(self.pushing[-1], None)  # None: nobody trains this part, and the push ends at once
 
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
-        while self.unsent:
-            self._push()
+        self.wait_for(self.parts[-1])  # where no pass was made
+        while self.unpushed:
+            self._start_push()
         while self.pushing:
-            self.pushing = advance(self.pushing)
+            self.layout.finish_oldest(self.pushing)
         for part in self.parts if free else ():
             part.resize(0)
 
@@ -339,48 +357,68 @@ class SDP:
     """Trains one model with len(mask) workers, as many on each process: with K, process r plays r K to
     r K + K - 1. build(units): as model.build. initial_value(whole model, name of a parameter): float tensor
     on the CPU. optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py.
-    dtype: of weights, gradients and traffic; owners keep at least float32. layout: a Layout. weights: a list,
-    by what the caller multiplies each worker's loss; their mean is 1."""
+    dtype: of weights, gradients and traffic; owners keep at least float32. layout: see Layout. weights: by
+    what the caller multiplies each worker's loss, with a mean of 1."""
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype, device, layout, weights):
+    def __init__(
+        self, build, initial_value, optimizer, units, mask, mode,
+        dtype=torch.float32, device="cpu", layout=None, weights=None,
+    ):  # fmt: skip
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
-        self.layout, self.weights, self.traffic = layout, weights, Counter()  # of bytes, see Part._exchange
+        self.layout, self.weights = layout or Layout(), weights or [1.0] * len(mask)
+        self.traffic = Counter()  # bytes that this process has sent: {"pull": ..., "push": ...}
         with torch.device("meta"):
             whole = build({})
-        more = columns(units), partial(initial_value, whole), dtype, device, layout
-        self.buckets = {name: Bucket(parameters, *more) for name, parameters in by_bucket(whole).items()}
-        pieces = {n: piece for bucket in self.buckets.values() for n, (_, piece) in bucket.pieces.items()}
-        matrices = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() > 1]
-        vectors = [piece for name, piece in pieces.items() if whole.get_parameter(name).dim() == 1]
+        common = columns(units), partial(initial_value, whole), dtype, device, self.layout
+        self.buckets = {name: Bucket(each, *common) for name, each in by_bucket(whole).items()}
+        pieces = [item for bucket in self.buckets.values() for item in bucket.pieces.items()]
+        matrices = [piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() > 1]
+        vectors = [piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() == 1]
         self.optimizer = optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
-        self.workers, self.trains = {}, None
         self.change(mask, mode)
 
     def change(self, mask, mode):
         """From the next step on, train under this mask and mode, by as many workers. Nothing has to move:
         owners keep what they own, and the next pull brings it to the new holders."""
-        self.trains, reads = roles(mode, mask)
+        self.trains, self.reads = roles(mode, mask)
         for bucket in self.buckets.values():
             bucket.count_trainers(self.trains, self.weights)
-        self.workers, turns = {}, len(mask) // self.processes  # first let go of the old ones
+        self.workers, self.played = {}, set()  # first let go of the old ones
+        turns = len(mask) // self.processes
         for turn in range(turns):
-            trained, read = self.trains[turn::turns], reads[turn::turns]  # of those that play together
-            mine, frozen = trained[self.rank], (read & ~trained)[self.rank]  # bool [units] each
-            layers = columns(self.units).items()
-            with torch.device("meta"):
-                model = self.build({layer: (int(mine[n].sum()), int(frozen[n].sum())) for layer, n in layers})
-            worker = Worker(model, self.buckets, trained, read, self.traffic, self.dtype, self.layout)
-            self.workers[self.rank * turns + turn] = worker
+            number, together = self.rank * turns + turn, slice(turn, None, turns)
+            roles_now = self.trains[together], self.reads[together]  # of those that play in this turn
+            common = self.traffic, self.dtype, self.layout
+            self.workers[number] = Worker(self.make_module(number), self.buckets, *roles_now, *common)
+
+    def make_module(self, worker):
+        """A worker's module, on the meta device."""
+        trained, frozen = self.trains[worker], self.reads[worker] & ~self.trains[worker]
+        counts = {}
+        for layer, numbers in columns(self.units).items():
+            counts[layer] = int(trained[numbers].sum()), int(frozen[numbers].sum())
+        with torch.device("meta"):
+            return self.build(counts)
 
     @contextmanager
-    def turn(self, worker, passes=1, dry=False):
+    def turn(self, worker, passes=1):
         """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for so many
-        passes. Gradients add up, and the last pass sends them. All processes take their turns in order. If
-        dry, it has zeros, and nothing is sent."""
-        self.workers[worker].begin(passes, dry)
-        yield self.workers[worker].model
-        self.workers[worker].end(free=dry or len(self.workers) > 1)  # the next worker needs the room
+        passes. Gradients add up, and the last pass sends them. All processes take their turns in order."""
+        self.workers[worker].begin(passes)
+        try:
+            yield self.workers[worker].model
+            self.workers[worker].end(free=len(self.workers) > 1)  # the next worker needs the room
+        except BaseException:  # also Ctrl-C in a notebook: half a turn must not count
+            self.discard()
+            raise
+        self.played.add(worker)
+
+    def discard(self):
+        """Forget what was gathered since the last step. All workers have to play again."""
+        self.played = set()
+        for bucket in self.buckets.values():
+            bucket.mean.zero_()
 
     @contextmanager
     def whole(self):
@@ -388,9 +426,10 @@ class SDP:
         everything = np.ones((self.processes, len(self.units)), bool)
         with torch.device("meta"):
             model = self.build({}).requires_grad_(False)
-        reader = Worker(model, self.buckets, everything, everything, Counter(), self.dtype, self.layout)
+        common = Counter(), self.dtype, self.layout  # a Counter of its own: this is no traffic of training
+        reader = Worker(model, self.buckets, everything, everything, *common)
         reader.begin()
-        reader.fetch(len(reader.parts))
+        reader.wait_for(reader.parts[-1])
         yield model.eval()
 
     def average(self):
@@ -402,10 +441,13 @@ class SDP:
     def step(self, lr, clip=0.0, *numbers):
         """Average, clip to the norm `clip` (0: do not), and update; but leave all as it was where the norm
         or a number, such as the loss, is infinite or NaN. Returns, as floats, the norm of the whole model's
-        averaged gradient, and each number's sum over the processes."""
+        averaged gradient, and each number's sum over the processes. Raises RuntimeError without all turns."""
+        if self.played != set(self.workers):
+            missing = sorted(set(self.workers) - self.played)
+            raise RuntimeError(f"step: workers {missing} have not finished their turns; all play again")
         self.average()
         squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
-        squares, *sums = add_up([squares.cpu().double().sum().item(), *numbers])
+        squares, *sums = add_up([squares.double().sum(), *numbers])  # the first wait for the device
         norm = squares**0.5
         if np.isfinite([norm, *sums]).all():
             for bucket in self.buckets.values() if clip else ():
@@ -413,17 +455,5 @@ class SDP:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
+        self.discard()
         return norm, *sums
-
-    def memory(self, worker):
-        """What a worker takes of live tensors, in bytes. Gradients: its own at their most, with those on
-        their way, and the owned slices of the mean; "optimizer_bytes" include the master copy."""
-        worker, buckets = self.workers[worker], self.buckets.values()
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if t.dim() > 0]
-        return {
-            "held_params": sum(p.numel() for part in worker.parts for p in part.trained),
-            "weight_bytes": sum(part.values.nbytes for part in worker.parts),
-            "grad_bytes": worker.grad_bytes + sum(bucket.mean.nbytes for bucket in buckets),
-            "optimizer_bytes": sum(t.nbytes for t in (*moments, *(bucket.master for bucket in buckets))),
-        }

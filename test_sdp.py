@@ -19,6 +19,7 @@ import time
 import tracemalloc
 import weakref
 from argparse import Namespace
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -33,9 +34,10 @@ import train
 from data import Text
 from masks import Unit, UserError, assign, holders_per_unit, spectral_gap
 from model import GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
-from sdp import SDP, Bucket, Layout, Part, bucket_of, hops_of
-from support import checkpoint, evaluation
+from sdp import SDP, Bucket, Layout, Part, by_bucket
+from support import checkpoint, costs, evaluation
 from support.evaluation import estimate_statistics
+from support.machines import Machines
 from support.processes import HERE, read_log, read_summary, slow
 from support.testing import some_images
 
@@ -87,9 +89,9 @@ def make_engine(
     mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw, machines=1
 ):
     units, mask = make_mask(kind, workers, coverage, config)
-    more = units, mask, mode, dtype, "cpu", Layout(machines), [1.0] * workers
-    first = functools.partial(initial_value, seed=0)
-    return SDP(functools.partial(build, config), first, optimizer, *more)
+    first, layout = functools.partial(initial_value, seed=0), Machines(machines)
+    more = {"dtype": dtype, "layout": layout}
+    return SDP(functools.partial(build, config), first, optimizer, units, mask, mode, **more)
 
 
 def batch(step, worker=None, rows=2, config=SMALL):
@@ -112,15 +114,14 @@ def whole_values(engine):
 def owned(engine, of_bucket, config=SMALL):
     """{name: the whole parameter's values, or gradients}, put together from the slices of all owners."""
     with torch.device("meta"):
-        parameters = dict(build(config).named_parameters())
+        parameters = by_bucket(build(config))
     found = {}
     for bucket_name, bucket in engine.buckets.items():
         slices = [None] * engine.processes
         dist.all_gather_object(slices, (engine.layout.my_slice, of_bucket(bucket)))
         flat = torch.cat([values for _, values in sorted(slices, key=lambda each: each[0])])
-        for name, parameter in parameters.items():
-            if bucket_of(name) == bucket_name:
-                found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
+        for name, parameter in parameters[bucket_name].items():
+            found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
         assert not len(flat)
     return found
 
@@ -297,9 +298,10 @@ def worked_example():
     mask = np.array([[True, False], [False, True]])
     layout = Layout()
     bucket = Bucket(parameters, {"blocks.0.mlp": [0, 1]}, parameters.get, torch.float32, "cpu", layout)
-    (hop,) = hops_of(bucket, bucket.has(mask), layout)
+    has = bucket.has(mask)
+    route, _ = layout.routes(bucket, has, ~has, Counter()).both
     tables = (bucket.chunk_edges, bucket.unit_of_chunk, bucket.slice_edges, bucket.my_edges)
-    return *(table.tolist() for table in tables), hop.received, hop.sent, hop.runs
+    return *(table.tolist() for table in tables), route.from_owners, route.to_workers, route.runs
 
 
 def test_the_worked_example(in_processes):
@@ -447,9 +449,10 @@ def plan_for_1024():
     values = torch.zeros(10_000, 4)
     layout = Layout()
     bucket = Bucket(like, masks.columns(units), lambda name: values, torch.float32, "cpu", layout)
-    (hop,) = hops_of(bucket, bucket.has(mask), layout)
+    has = bucket.has(mask)
+    route, _ = layout.routes(bucket, has, ~has, Counter()).both
     seconds = time.perf_counter() - began
-    assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(hop.received) == 4 * mask[5].sum()
+    assert (mask.sum(axis=0) == 64).all() and gap > 0.8 and sum(route.from_owners) == 4 * mask[5].sum()
     return seconds
 
 
@@ -597,7 +600,7 @@ def pulled_values(mode, kind, dtype):
         part.values.untyped_storage().resize_(part.values.nbytes)  # as large as `begin` will make it
         part.values.fill_(torch.nan)
     engine.workers[worker].begin()
-    engine.workers[worker].fetch(len(engine.workers[worker].parts))
+    engine.workers[worker].wait_for(engine.workers[worker].parts[-1])
     read = 0
     for name, parameter in engine.workers[worker].model.named_parameters():
         master = masters[name.replace(".frozen.", ".")]
@@ -661,8 +664,7 @@ def cost_of_a_step(mode, kind, coverage, dtype):
     units, mask = make_mask(kind, 4, coverage, config)
     dense, parts = build(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
     trains, reads = masks.roles(mode, mask)
-    for bucket in engine.buckets:
-        named = [(n, p) for n, p in dense.named_parameters() if bucket_of(n) == bucket]
+    for named in (list(of_bucket.items()) for of_bucket in by_bucket(dense).values()):
         size = sum(p.numel() for _, p in named)
         cut = -(-size // 4)
 
@@ -679,7 +681,7 @@ def cost_of_a_step(mode, kind, coverage, dtype):
         )
     assert engine.traffic["push"] == dtype.itemsize * (parts["trains"] - parts["trains_here"])
     assert engine.traffic["pull"] == dtype.itemsize * parts["reads_by_others"]
-    return engine.traffic["push"], engine.traffic["pull"], moments, engine.memory(worker)
+    return engine.traffic["push"], engine.traffic["pull"], moments, costs.memory(engine, worker, 1)
 
 
 @pytest.mark.parametrize(

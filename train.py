@@ -29,10 +29,11 @@ import masks
 from data import KINDS, load, load_batches
 from masks import UserError
 from model import CONFIGS, build, initial_value, preset, shared_blocks, units_of
-from sdp import SDP, Layout, PeerLost, peers
+from sdp import SDP, PeerLost, peers
 from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
+from support.machines import Machines
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
@@ -221,14 +222,14 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
     """The engine for a plan, with the values of its checkpoint, if there is one."""
     args = plan.args
     weights = [rows * args.workers / sum(args.rows) for rows in args.rows]
-    layout = Layout(machines, timedelta(seconds=args.timeout), args.capacity)
+    layout = Machines(machines, timedelta(seconds=args.timeout), args.capacity)
 
     def build_units(units):
         model = build(plan.whole.config, units)
         if args.compile:
             torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
             for block in model.blocks.values():
-                block.forward = torch.compile(block.forward)  # not the module, whose hooks move parameters
+                block.forward = launch.compiled(block.forward)  # not the module, whose hooks move values
         return model
 
     first, optimizer = partial(initial_value, seed=args.seed), partial(make_optimizer, args)
@@ -256,14 +257,15 @@ def learning_rate(step, args):
 
 
 def play(batches, args, step, worker, model, weight):
-    """A worker's backward passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight."""
+    """A worker's backward passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight, a
+    float64 scalar."""
     torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of dropped rows and numbers
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
         loss = weight * model(x, y)  # x: (rows, context) or (rows, 3, image, image)
         (loss / args.micro_batches).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).mean().item()
+    return torch.stack(losses).mean().double()
 
 
 def update(engine, batches, args, step, lr, *numbers):

@@ -30,7 +30,6 @@ def compare(engine, batches, args, step):
         for number, worker in engine.workers.items():
             whole.zero_grad()
             train.play(batches, args, step, number, whole, engine.weights[number])
-            grad_bytes = worker.grad_bytes
             with engine.turn(number, args.micro_batches + 1) as model:  # sends nothing before the end
                 train.play(batches, args, step, number, model, engine.weights[number])
                 for layer, (bucket, part) in enumerate(zip(buckets, worker.parts)):
@@ -39,14 +38,13 @@ def compare(engine, batches, args, step):
                     held = np.repeat(bucket.has(engine.trains)[number], np.diff(bucket.chunk_edges))
                     a, b = flatten(part.trained, bucket), gradient[torch.from_numpy(held)]
                     dots[number, layer] = torch.stack([a @ a, b @ b, a @ b]).cpu()
-            worker.grad_bytes = grad_bytes
     engine.average()
     for layer, bucket in enumerate(buckets):
         dist.all_reduce(sums[layer])
         start, stop = bucket.slice_edges[engine.layout.my_slice :][:2]
         a, b = bucket.mean, sums[layer][start:stop]
         dots[-1, layer] = torch.stack([a @ a, b @ b, a @ b]).cpu()
-    engine.optimizer.zero_grad(set_to_none=False)  # these are the owners' sums
+    engine.discard()  # these sums are no step
     engine.traffic &= traffic  # the lower counts, those from before
     dots[:, -1] = dots.sum(axis=1)
     of_all = np.reshape(add_up(dots.ravel().tolist()), (-1, 3))

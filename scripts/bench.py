@@ -27,7 +27,8 @@ def bench(plan, device):
         of_workers = costs.dry_run(args, plan.whole.config, engine)
         for step in (1, 2, 3):  # to warm up
             train.update(engine, load_batches(plan.data, engine, args, step), args, step, args.lr)
-        rows = costs.gather_costs(engine, of_workers, steps=3)
+        memory = Dense.memory if kind is Dense else costs.memory
+        rows = costs.gather_costs(engine, of_workers, 3, args.micro_batches, memory)
         most = {key: max(row[key] or 0 for row in rows) for key in rows[0]}
         found[name] = {key: most[key] for key in ("activation_bytes", "flops")}
         found[name]["static_bytes"] = most["weight_bytes"] + most["grad_bytes"] + most["optimizer_bytes"]

@@ -19,14 +19,25 @@ def local_shard(tensor):
 class Dense:
     """The whole model on every process by DDP, or in shards by FSDP. Each process is one worker."""
 
-    def __init__(self, build, initial_value, optimizer, units, mask, mode, dtype, device, layout, weights):
+    def __init__(
+        self,
+        build,
+        initial_value,
+        optimizer,
+        units,
+        mask,
+        mode,
+        dtype,
+        device="cpu",
+        layout=None,
+        weights=None,
+    ):
         """As of sdp.SDP, but mode: ddp or fsdp. units, mask and layout are not used."""
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        self.dtype, self.device, self.sharded = dtype, torch.device(device), mode == "fsdp"
+        self.build, self.dtype, self.device, self.sharded = build, dtype, torch.device(device), mode == "fsdp"
         self.workers, self.traffic = {self.rank: self}, Counter()
-        self.weights, self.passes, self.passes_left = weights, 1, 1
-        with torch.device("meta"):
-            self.model = build({})
+        self.weights, self.passes, self.passes_left = weights or [1.0] * self.processes, 1, 1
+        self.model = self.make_module(self.rank)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.blocks = [sum(p.numel() for p in block.parameters()) for block in self.model.blocks.values()]
         wide = torch.promote_types(dtype, torch.float32)  # the precision of the optimizer
@@ -44,6 +55,11 @@ class Dense:
         vectors = [master for master in self.masters if master.dim() == 1]  # norms and biases
         self.optimizer = optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
 
+    def make_module(self, worker):
+        """The whole model, on the meta device."""
+        with torch.device("meta"):
+            return self.build({})
+
     def before_pass(self, *_):
         """Only the last pass of a turn averages the gradients over the processes."""
         self.passes_left -= 1
@@ -53,13 +69,8 @@ class Dense:
             self.wrapped.require_backward_grad_sync = self.passes_left <= 0
 
     @contextmanager
-    def turn(self, worker, passes=1, dry=False):
-        """Traffic is computed, for a ring. FSDP gathers blocks twice in each pass, and the rest once. It does
-        so in a dry turn, too, which is not counted."""
-        if dry:
-            yield self.model
-            self.model.zero_grad()
-            return
+    def turn(self, worker, passes=1):
+        """Traffic is computed, for a ring. FSDP gathers blocks twice in each pass, and the rest once."""
         self.passes = self.passes_left = passes
         yield self.wrapped
         gathered = passes * (self.params + sum(self.blocks)) if self.sharded else self.params
@@ -85,11 +96,11 @@ class Dense:
         self.optimizer.zero_grad()
         return norm, *sums
 
-    def memory(self, worker):
+    def memory(self, worker, passes):
         """FSDP has one block whole at a time, and what is in none. Between passes it has all gradients."""
         own = sum(local_shard(parameter).nbytes for parameter in self.model.parameters())
         whole = self.params - sum(self.blocks) + max(self.blocks) if self.sharded else 0
-        waiting = self.params if self.sharded and self.passes > 1 else 0
+        waiting = self.params if self.sharded and passes > 1 else 0
         weights, gradients = own + whole * self.dtype.itemsize, own + waiting * self.dtype.itemsize
         state = [t for of in self.optimizer.state.values() for t in of.values() if t.dim() > 0]
         optimizer = sum(local_shard(t).nbytes for t in (*state, *(master for _, master in self.copies)))

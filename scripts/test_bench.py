@@ -20,8 +20,9 @@ from model import GPTConfig, build, initial_value, units_of
 from scripts import alignment, bench
 from scripts.dense import Dense
 from scripts.sweep import cyclic
-from sdp import SDP, Layout, bucket_of
+from sdp import SDP, by_bucket
 from support import launch
+from support import costs
 from support.processes import TINY, Ranks, assert_same_checkpoint, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -48,8 +49,7 @@ def units_and_mask(kind, workers, config):
 def make_engine(mode, kind="block", workers=2, config=SMALL, dtype=torch.float64):
     engine, first = Dense if mode in ("ddp", "fsdp") else SDP, partial(initial_value, seed=0)
     units, mask = units_and_mask(kind, workers, config)
-    more = dtype, "cpu", Layout(), [1.0] * workers
-    return engine(partial(build, config), first, adamw, units, mask, mode, *more)
+    return engine(partial(build, config), first, adamw, units, mask, mode, dtype)
 
 
 def dense_model(dtype=torch.float64):
@@ -99,7 +99,8 @@ def five_steps(mode, passes):
         optimizer.zero_grad()
         assert (loss, norm) == pytest.approx((dense_loss.item(), dense_norm.item()), abs=1e-10)
     sent = {key: total / 5 for key, total in engine.traffic.items()}
-    return seen.gathered, seen.reductions, sent, engine.memory(rank)
+    memory = Dense.memory if isinstance(engine, Dense) else costs.memory
+    return seen.gathered, seen.reductions, sent, memory(engine, rank, passes)
 
 
 @pytest.mark.parametrize("passes", [pytest.param(1, marks=slow), 4])
@@ -235,7 +236,8 @@ def check_alignment(mode, kind, drop_path):
         own.append(gradient(config, worker, engine.units, row | (mode == "backward"), kind))
         whole.append(gradient(config, worker, engine.units, row | True, kind))
         has.append(torch.cat([held(n, p, engine.units, row).flatten() for n, p in parameters.items()]))
-    layer_of = np.repeat([*map(bucket_of, parameters)], [p.numel() for p in parameters.values()])
+    sizes = {name: sum(p.numel() for p in each.values()) for name, each in by_bucket(dense_model()).items()}
+    layer_of = np.repeat([*sizes], [*sizes.values()])
     for layer in found["owners"]:
         here = torch.from_numpy((layer_of == layer) | (layer == "all"))
         a, b, h = (torch.stack(each)[:, here] for each in (own, whole, has))  # (workers, numbers)

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from masks import UserError
 from model import build, example
 from sdp import add_up, peers
 
@@ -46,24 +45,52 @@ def measured(passes=1):
     cost["activation_bytes"] = sum(sizes.values())
 
 
+def play_without_memory(module, config, rows, passes, dtype, device):
+    """What `measured` finds in a step of a module on the meta device: it gets fake tensors, which have shapes
+    and no memory. rows: of a pass."""
+    with FakeTensorMode(), torch.device(device):
+        values = {name: torch.empty(p.shape, dtype=dtype) for name, p in module.named_parameters()}
+        module.load_state_dict(values, assign=True)
+        with measured(passes) as cost:
+            module(*example(config, rows)).backward()
+    return cost
+
+
 def dry_run(args, config, engine):
-    """{worker: what `measured` finds in a step} for this process's workers, on zeros: in the step itself it
-    would change the rounding. Blocks are compiled here, since later others would wait. Raises UserError."""
+    """{worker: what `measured` finds in a step} for this process's workers. To measure a real step would
+    change its rounding."""
     found, share = {}, args.batch_size // sum(args.rows) // args.micro_batches
-    for number, worker in engine.workers.items():
-        rows = share * args.rows[number]
-        batch = [tensor.to(engine.device) for tensor in example(config, rows)]
-        with engine.turn(number, dry=True) as model:
-            try:
-                if args.compile:
-                    model(*batch).backward()
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
-            with measured(args.micro_batches) as cost:
-                model(*batch).backward()
-        found[number] = cost
+    for worker in engine.workers:
+        module, rows = engine.make_module(worker), share * args.rows[worker]
+        step = module, config, rows, args.micro_batches, engine.dtype, engine.device
+        found[worker] = play_without_memory(*step)
     return found
+
+
+def memory(engine, worker, passes):
+    """What a worker takes of live tensors in a step, in bytes. "optimizer_bytes" include the master copy."""
+    worker, buckets = engine.workers[worker], engine.buckets.values()
+    state = engine.optimizer.state.values()
+    moments = sum(t.nbytes for of_piece in state for t in of_piece.values() if t.dim() > 0)
+    return {
+        "held_params": sum(p.numel() for part in worker.parts for p in part.trained),
+        "weight_bytes": sum(part.values.nbytes for part in worker.parts),
+        "grad_bytes": gradient_bytes(worker, passes) + sum(bucket.mean.nbytes for bucket in buckets),
+        "optimizer_bytes": moments + sum(bucket.master.nbytes for bucket in buckets),
+    }
+
+
+def gradient_bytes(worker, passes):
+    """A worker's gradients at their most: those of the layer that it is about to push, and the buffers of
+    the pushes under way. With several passes, all gradients that have not left yet."""
+    parts, most = worker.parts[::-1], 0  # in the order of the pushes
+    for number, part in enumerate(parts):
+        complete = parts[number:] if passes > 1 else [part]
+        gradients = sum(p.nbytes for each in complete for p in each.trained)
+        under_way = parts[max(0, number - worker.pushes_at_once) : number]
+        buffers = sum(each.routes.push_buffer * each.values.itemsize for each in under_way)
+        most = max(most, gradients + buffers)
+    return most
 
 
 class Phase:
@@ -82,7 +109,7 @@ class Phase:
         if self.plan.args.resample:
             self.costs = dry_run(self.plan.args, self.plan.whole.config, self.engine)
         steps, middle = len(self.milliseconds), float(np.median(self.milliseconds))
-        per_worker = gather_costs(self.engine, self.costs, steps)
+        per_worker = gather_costs(self.engine, self.costs, steps, self.plan.args.micro_batches)
         self.engine.traffic.clear()
         return {"mask": self.mode, "steps": steps, "step_ms_median": middle, "per_worker": per_worker}
 
@@ -100,11 +127,7 @@ def dense_worker(args, config, engine):
     rows = max(1, int(share))
     with torch.device("meta"):
         model = build(config)
-    with FakeTensorMode(), torch.device(engine.device):
-        values = {name: torch.empty(p.shape, dtype=engine.dtype) for name, p in model.named_parameters()}
-        model.load_state_dict(values, assign=True)
-        with measured(args.micro_batches) as cost:
-            model(*example(config, rows)).backward()
+    cost = play_without_memory(model, config, rows, args.micro_batches, engine.dtype, engine.device)
     cost = {key: round(value * share / rows) for key, value in cost.items()}
     params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
     moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
@@ -119,12 +142,12 @@ def dense_worker(args, config, engine):
     return row
 
 
-def gather_costs(engine, costs, steps):
+def gather_costs(engine, costs, steps, passes, memory=memory):
     """A list of dictionaries, one a worker, in the keys of summary.json. costs: from `dry_run`. Memory is
     of live tensors, traffic, per step, of the real collectives, shared evenly by a process's workers."""
     own, of_all = [], [None] * engine.processes
     for worker in engine.workers:
-        row = {"worker": worker} | engine.memory(worker) | costs[worker]
+        row = {"worker": worker} | memory(engine, worker, passes) | costs[worker]
         for kind in ("push", "pull", "between_machines"):
             row[f"{kind}_bytes"] = round(engine.traffic[kind] / steps / len(engine.workers))
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None

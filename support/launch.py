@@ -155,6 +155,20 @@ def fresh_store(store, rank, processes):
     return dist.PrefixStore(word, store)
 
 
+def compiled(function):
+    """torch.compile(function). Raises UserError at the first call where that does not work here."""
+    quick = torch.compile(function)
+
+    def call(*inputs):
+        try:
+            return quick(*inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
+
+    return call
+
+
 def shut_down(together=True):
     """End the process group. Destroying it holds Python's lock, which gloo's threads need for a moment
     after the last traffic: without the pause torch 2.6 sometimes hangs here."""

@@ -89,7 +89,9 @@ def play_without_memory(plan, mask, worker, processes, make_engine):
                 with costs.measured(passes) as cost:
                     model(*example(plan.whole.config, rows)).backward()
         engine.optimizer.step()  # for its state
-        row = engine.memory(worker) | cost
+        memory = [costs.memory(engine, number, passes) for number in engine.workers]
+        row = memory[list(engine.workers).index(worker)] | cost
+        row["grad_bytes"] = max(each["grad_bytes"] for each in memory)  # buffers differ from turn to turn
         row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
     return row, engine
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 import train
 from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap, spread
 from model import build, initial_value
-from sdp import SDP, Layout
+from sdp import SDP, by_bucket
+from support.machines import Machines
 from support.processes import TINY, Ranks, read_log, read_summary
 from test_sdp import (
     SCHEMES,
@@ -23,7 +24,6 @@ from test_sdp import (
     adamw,
     assert_close,
     batch,
-    bucket_of,
     buffers_of_a_step,
     dense_model,
     make_engine,
@@ -56,8 +56,7 @@ def counted(mode, kind, machines, mask):
     dist.all_reduce(crossed)
     per_machine = 4 // machines
     expected, dense = 0, build(SMALL)
-    for bucket_name in engine.buckets:
-        named = [(n, p) for n, p in dense.named_parameters() if bucket_of(n) == bucket_name]
+    for named in (list(of_bucket.items()) for of_bucket in by_bucket(dense).values()):
         for role in roles(mode, mask):  # pushed, then pulled
             size = sum(p.numel() for _, p in named)
             at = (torch.arange(size) // -(-size // 4)) % machines  # slices are numbered place by place
@@ -193,8 +192,8 @@ def unequal_engine(mode, kind, capacity, rows):
     mask = assign(units, 4, 2, capacity=capacity) if mode != "none" else np.ones((4, len(units)), bool)
     weights = [4 * number / sum(rows) for number in rows]
     first = partial(initial_value, seed=0)
-    more = units, mask, mode, torch.float64, "cpu", Layout(capacity=capacity), weights
-    return SDP(partial(build, SMALL), first, adamw, *more), units, mask
+    more = {"dtype": torch.float64, "layout": Machines(capacity=capacity), "weights": weights}
+    return SDP(partial(build, SMALL), first, adamw, units, mask, mode, **more), units, mask
 
 
 def unequal_gradients(mode, kind, capacity, rows):

@@ -1,0 +1,118 @@
+"""Clusters: several machines, and workers of unequal size. sdp.py does not know this file.
+
+Bandwidth is short between machines. So the exchange takes two hops: `across`, among the processes at the same
+place of all machines, and `inside`, among those of a machine. A value crosses once to each machine with a
+reader, and gradients are summed inside before they cross.
+"""
+
+import math
+from itertools import zip_longest
+
+import numpy as np
+import torch.distributed as dist
+
+from sdp import Layout, Route
+
+
+class Machines(Layout):
+    """Machines with equally many processes, in the order of the ranks. Where both are several, slices are
+    numbered place by place: so what a process receives from the places of its machine, one after another,
+    is in the bucket's order."""
+
+    def __init__(self, machines=1, timeout=None, capacity=None):
+        """timeout: of the groups, a timedelta; capacity: a whole number of each worker (default: equal)."""
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        ranks = np.arange(processes).reshape(machines, -1)  # [machines, places]
+        self.machines, (self.machine, self.place) = machines, divmod(rank, processes // machines)
+        self.two_levels = 1 < machines < processes
+        if self.two_levels:  # new groups do not take the time-out of the default group
+            self.inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+        rank_of_slice = (ranks.T if self.two_levels else ranks).flatten()
+        self.my_slice = rank_of_slice.tolist().index(rank)
+        of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
+        self.capacity = of_processes[rank_of_slice]  # [slices]
+
+    def slice_edges(self, size):
+        """As of Layout, but slices are as large as the capacities of their owners."""
+        shares = np.cumsum([0, *self.capacity])
+        return (shares * math.ceil(size / shares[-1])).clip(max=size)
+
+    def routes(self, bucket, trained, frozen, traffic):
+        if self.two_levels:
+            return TwoHops(self, bucket, trained, frozen, traffic)
+        routes = super().routes(bucket, trained, frozen, traffic)
+        if self.machines > 1:  # each process is alone on its machine
+            for route in routes.both:
+                route.__class__ = Crossing
+        return routes
+
+    def exchanges_at_once(self, has):
+        """Two more in two levels: a hop across, the slow one, then has two layers' time."""
+        return super().exchanges_at_once(has) + (2 if self.two_levels else 0)
+
+    def finish_oldest(self, under_way):
+        """Wait for the oldest exchange; and let the next one begin its second hop."""
+        super().finish_oldest(under_way)
+        if self.two_levels and under_way:
+            next(under_way[0], None)
+
+
+class Crossing(Route):
+    """A route between machines, whose bytes are counted as such."""
+
+    def exchange(self, kind, received, send, received_sizes, send_sizes):
+        kept = send_sizes[dist.get_rank(self.group)]
+        self.traffic["between_machines"] += (len(send) - kept) * send.element_size()
+        yield from super().exchange(kind, received, send, received_sizes, send_sizes)
+
+
+class TwoHops:
+    """As sdp.Routes: a pull goes across machines and then inside them, a push the other way."""
+
+    def __init__(self, layout, bucket, trained, frozen, traffic):
+        """trained, frozen: bool [processes, chunks]."""
+        self.layout, self.bucket, self.traffic = layout, bucket, traffic
+        self.across, crossed_edges = self.hop_across(trained | frozen)
+        self.inside = [self.hop_inside(wants, crossed_edges) for wants in (trained, frozen)]
+        self.push_across, crossed_edges = self.hop_across(trained)
+        self.push_inside = self.hop_inside(trained, crossed_edges)
+        sent = sum(self.push_across.to_workers), sum(self.push_inside.to_workers)
+        self.push_buffer, self.is_pushed = max(sent), trained.any()  # elements
+
+    def hop_across(self, wants):
+        """(A route to the machines where somebody wants a chunk; the chunks' edges in what has crossed.)"""
+        layout, place = self.layout, self.layout.place
+        of_machine = wants.reshape(layout.machines, -1, wants.shape[1]).any(axis=1)  # [machines, chunks]
+        cuts = self.bucket.slice_edges[place * layout.machines : (place + 1) * layout.machines + 1]
+        edges = self.bucket.chunk_edges.clip(cuts[0], cuts[-1])  # of the chunks, in the slices of this place
+        route = Crossing(of_machine, edges, cuts, self.bucket.my_edges, self.traffic, layout.across)
+        return route, np.cumsum([0, *of_machine[layout.machine] * np.diff(edges)])
+
+    def hop_inside(self, wants, crossed_edges):
+        """The route from what has crossed to the workers of this machine."""
+        layout, bucket = self.layout, self.bucket
+        of_machine = wants.reshape(layout.machines, -1, wants.shape[1])[layout.machine]  # [places, chunks]
+        cuts = bucket.slice_edges[:: layout.machines]  # of the places
+        return Route(of_machine, bucket.chunk_edges, cuts, crossed_edges, self.traffic, layout.inside)
+
+    def pull(self, owned, values):
+        crossed = values.new_empty(sum(self.across.from_owners))
+        yield from self.across.pull(owned, crossed)
+        parts = values.split([sum(route.from_owners) for route in self.inside])
+        yield from zip_longest(*(route.pull(crossed, part) for route, part in zip(self.inside, parts)))
+
+    def push(self, gradients, total):
+        """Gradients are summed inside in the owners' precision, and cross in that of the traffic."""
+        if self.is_pushed:
+            of_machine = total.new_zeros(sum(self.push_across.from_owners))
+            yield from self.push_inside.push(gradients, of_machine)
+            yield from self.push_across.push(of_machine.to(gradients.dtype), total)
+
+
+def spread(mask, units):
+    """The mask with equal columns far apart, if all are alike: layers in a row use a link both ways."""
+    if len({(unit.kind, unit.cost) for unit in units}) > 1:
+        return mask
+    repeats = [(mask[:, :u] == mask[:, [u]]).all(axis=0).sum() for u in range(len(units))]
+    return mask[:, np.argsort(repeats, kind="stable")]
