@@ -19,7 +19,7 @@ MODES = ("none", "backward", "forward")  # what --mask can be
 
 
 class UserError(Exception):
-    """A problem that the user can solve. One line: the flag or file, and what would work."""
+    """A problem that the user can solve: the flag or file, and what would work."""
 
 
 class Unit(NamedTuple):
@@ -165,7 +165,7 @@ def picture(mask, units, machines=1, width=120):
 
 
 def describe(mask, units, requested, machines=1):
-    """The picture, the coverage, how even the load is, and how well the workers mix."""
+    """The picture, the coverage, how even the load is, and how well workers mix."""
     holders = " or ".join(str(number) for number in np.unique(mask.sum(axis=0)))
     params = imbalance(mask @ costs(units))
     flops = imbalance(mask @ np.array([unit.flops for unit in units]))
