@@ -410,20 +410,20 @@ def example(config, rows):
     return torch.zeros(rows, 3, config.image, config.image), torch.zeros(rows, dtype=torch.int64)
 
 
-def units_of(model, kind, shared=()):
+def units_of(model, level, shared=()):
     """The units of a whole model, layer by layer: residual blocks, or the heads and groups of neurons or
     channels in them. The blocks with numbers in `shared` have none. `model` is best on the meta device."""
     with torch.device(next(model.parameters()).device), FlopCounterMode(display=False) as counter:
         model(*example(model.config, 1))
     counts = counter.get_flop_counts()  # {"ResNet.blocks.0": {operation: FLOPs}}
-    masked = (Block, ResidualBranch) if kind == "block" else Branch
+    masked = (Block, ResidualBranch) if level == "block" else Branch
     units = []
     for layer, module in model.named_modules():
         if isinstance(module, masked) and int(layer.split(".")[1]) not in shared:
-            number = 1 if kind == "block" else module.units
+            number = 1 if level == "block" else module.units
             cost = sum(parameter.numel() for parameter in module.parameters()) // number
             flops = sum(counts[f"{type(model).__name__}.{layer}"].values()) // number
-            units += [Unit(layer, "blocks" if kind == "block" else layer, cost, flops)] * number
+            units += [Unit(layer, "blocks" if level == "block" else layer, cost, flops)] * number
     return units
 
 

@@ -33,7 +33,7 @@ from sdp import SDP, PeerLost, peers
 from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
-from support.machines import Machines
+from support.machines import Machines, spread
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
@@ -207,7 +207,9 @@ def make_plan(args, saved, assign):
         mask = assign(units, groups, holders, args.seed, mask_number, **by_capacity)
         if np.shape(mask) != (groups, len(units)) or not (mask.any(axis=0).all() and mask.any(axis=1).all()):
             raise ValueError("assign: must return [workers, units], where all units and workers have some")
-        return mask if groups == args.workers else masks.spread(mask, units).repeat(args.workers // groups, 0)
+        if groups < args.workers:
+            mask = spread(mask, units).repeat(args.workers // groups, axis=0)
+        return mask
 
     args.steps = 300 if args.steps is None else args.steps
     if args.epochs:

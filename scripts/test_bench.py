@@ -21,8 +21,7 @@ from scripts import alignment, bench
 from scripts.dense import Dense
 from scripts.sweep import cyclic
 from sdp import SDP, by_bucket
-from support import launch
-from support import costs
+from support import costs, launch
 from support.processes import TINY, Ranks, assert_same_checkpoint, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]

@@ -129,9 +129,9 @@ def test_after_new_masks_all_rows_are_of_the_last(alone, tmp_path):
         assert of_one[0][key] == of_one[1][key] < of_two[0][key] == of_two[1][key]
 
 
-def test_the_coverage_that_was_asked_for_is_printed(alone, capsys):
+def test_the_requested_coverage_is_printed(alone, capsys):
     train.main([*TINY, "--coverage", "0.9", "--workers", "4", "--steps", "1"])
-    assert "coverage: asked 0.9, given 1 (4 of 4 workers hold each unit)" in capsys.readouterr().out
+    assert "coverage: requested 0.9, actual 1 (4 of 4 workers hold each unit)" in capsys.readouterr().out
 
 
 # ---- compiled blocks
@@ -172,14 +172,14 @@ def test_a_missing_compiler_ends_with_one_line(refused, monkeypatch, tmp_path):
 STOREYS = (("masks",), ("model", "sdp", "data"), ("support",), ("train",), ("scripts",), ("course",))
 FOLDERS = ("support", "scripts", "course")
 CAPS = {
-    "masks.py": 260,
+    "masks.py": 200,
     "model.py": 480,
     "sdp.py": 429,
     "data.py": 280,
     "train.py": 450,
-    "test_sdp.py": 900,
+    "test_sdp.py": 934,
     "README.md": 220,
-    "support": 870,  # of folders what is no test
+    "support": 876,  # of folders what is no test
     "scripts": 1620,
     "all that is no test": 4340,
 }

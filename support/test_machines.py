@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import train
-from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap, spread
+from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap
 from model import build, initial_value
 from sdp import SDP, by_bucket
-from support.machines import Machines
+from support.machines import Machines, spread
 from support.processes import TINY, Ranks, read_log, read_summary
 from test_sdp import (
     SCHEMES,

@@ -58,7 +58,7 @@ def test_an_assign_that_returns_no_mask(alone, wrong):
 def test_an_uneven_assign_is_described(alone, capsys):
     uneven = np.array([[True, False], [True, True], [True, False], [True, False]])
     train.main([*TINY, "--steps", "0"], assign=lambda *_: uneven)
-    assert "given 0.625 (1 or 4 of 4 workers hold each unit)" in capsys.readouterr().out
+    assert "actual 0.625 (1 or 4 of 4 workers hold each unit)" in capsys.readouterr().out
 
 
 def test_train_alone(alone, capsys, tmp_path):
