@@ -51,31 +51,30 @@ def mean_over_holders(gradients, held):
     return mean
 
 
-def train(mode, kind, workers=4, steps=1000):
-    """Train a small GPT on Python's standard library, byte by byte. Prints losses, in nats."""
+def main(arguments=None, workers=4, steps=1000):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mask", choices=MODES, default="forward")
+    parser.add_argument("--units", choices=("block", "neuron"), default="neuron")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # so small a model is fastest with one
     text = data.load("python", context=64, tests=160)
     model = build(GPTConfig(layers=4, width=64, heads=4, hidden=128, context=64))
     model.load_state_dict({name: initial_value(model, name, seed=0) for name in model.state_dict()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    units = units_of(model, kind)
-    mask = assign(units, workers, holders=workers if mode == "none" else workers // 2)
+    units = units_of(model, args.units)
+    mask = assign(units, workers, holders=workers if args.mask == "none" else workers // 2)
     held = [held_values(model, units, row) for row in mask]
     for step in range(1, steps + 1):
         losses, gradients = [None] * workers, [None] * workers
         for w in range(workers):
             x, y = text.batch(seed=0, step=step, size=16, which=slice(w, None, workers))
-            losses[w], gradients[w] = loss_and_gradients(model, x, y, mode, held[w])
+            losses[w], gradients[w] = loss_and_gradients(model, x, y, args.mask, held[w])
         for name, gradient in mean_over_holders(gradients, held).items():
             model.get_parameter(name).grad = gradient
         optimizer.step()
-        if step % (steps // 10) == 0:
-            val_loss = model(*text.validation())  # of the whole model
-            print(f"step {step}: loss {sum(losses) / workers:.3f}, val_loss {val_loss:.3f}")
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}: loss {sum(losses) / workers:.3f}, val_loss {model(*text.validation()):.3f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--mask", choices=MODES, default="forward")
-    parser.add_argument("--units", choices=("block", "neuron"), default="neuron")
-    args = parser.parse_args()
-    train(args.mask, args.units)
+    main()
