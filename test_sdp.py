@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,12 +27,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import masks
 import train
-from data import Text
+from course import naive
+from course.naive import held_values, loss_and_gradients, mean_over_holders
+from data import Text, read_bytes
 from masks import Unit, UserError, assign, holders_per_unit, spectral_gap
 from model import GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
 from sdp import SDP, Bucket, Layout, Part, by_bucket
@@ -124,49 +126,6 @@ def owned(engine, of_bucket, config=SMALL):
             found[name], flat = flat[: parameter.numel()].view(parameter.shape), flat[parameter.numel() :]
         assert not len(flat)
     return found
-
-
-def columns_of(name, units):
-    """The mask columns of a parameter's units, or none if it is shared."""
-    return [u for u, unit in enumerate(units) if name.startswith(unit.layer + ".")]
-
-
-def rows_of(name, parameter, units, row):
-    """bool, like a parameter's first dimension: what belongs to the units in `row` of a mask; shared: all."""
-    columns = columns_of(name, units)
-    if not columns:
-        return torch.ones(len(parameter), dtype=torch.bool)
-    return torch.from_numpy(row[columns]).repeat_interleave(len(parameter) // len(columns))
-
-
-def mean_over_trainers(gradients, units, mask):
-    """gradients: a dense {name: gradient} of each worker. The g_u of the README, as it is written there."""
-    mean = {}
-    for name, like in gradients[0].items():
-        total, trainers = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
-        for gradient, row in zip(gradients, mask):
-            rows = rows_of(name, like, units, row)
-            total[rows] += gradient[name][rows]
-            trainers += rows
-        mean[name] = total / trainers.view(-1, *[1] * (like.dim() - 1))
-    return mean
-
-
-def subnetwork_gradients(model, x, y, units, row, kind):
-    """Loss and gradients of the dense model in which the units that are missing from `row` contribute zero,
-    and the others, at neuron level, are scaled up by all units / present units, if no norm follows."""
-    parameters = dict(model.named_parameters())
-    changed = {}
-    for name, parameter in parameters.items():
-        if name.endswith((".o", ".down", ".conv2", ".branch.1.weight", ".branch.1.bias")):
-            columns = columns_of(name, units)
-            rescaled = kind == "neuron" and name.endswith((".o", ".down"))
-            scale = len(columns) / row[columns].sum() if rescaled else 1.0
-            present = rows_of(name, parameter, units, row).to(parameter.dtype) * scale
-            changed[name] = parameter * present.view(-1, *[1] * (parameter.dim() - 1))
-    loss = functional_call(model, parameters | changed, (x, y))
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return loss, dict(zip(parameters, gradients))
 
 
 def assert_close(found, expected, tolerance):
@@ -321,6 +280,19 @@ def test_masks_command(monkeypatch, capsys):
     for workers, kind in product((1, 4, 8, 64, 500), ("block", "neuron")):
         units, mask = make_mask(kind, workers, coverage=0.7, config=GPTConfig())
         assert max(map(len, masks.picture(mask, units).splitlines())) <= 120
+
+
+# ---- the method, saving nothing
+
+
+@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
+def test_naive_learns(alone, monkeypatch, capsys, mode, kind):
+    """Its command, on a text that is read faster: better than knowing nothing, which is ln 256."""
+    text = read_bytes(HERE / "masks.py", context=64, tests=4)
+    monkeypatch.setattr(naive.data, "load", lambda *_, **__: text)
+    naive.main(["--mask", mode, "--units", kind], steps=12)
+    loss, val_loss = re.fullmatch(r"step 12: loss (.+), val_loss (.+)\n", capsys.readouterr().out).groups()
+    assert 1 < float(loss) < 4 and 1 < float(val_loss) < 4 < np.log(256)
 
 
 # ---- the engine
@@ -519,10 +491,10 @@ def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machine
         mask = assign(units, 4, 2, mask_number=3)
         engine.change(mask, mode)
     dense, mine, of_all = dense_model(config), {}, [None] * engine.processes
+    held = [held_values(dense, units, row) for row in mask]
     for worker in engine.workers:
         x, y = batch(0, worker=0 if same_batch else worker, config=config)
-        row = mask[worker] if mode == "forward" else np.ones(len(units), bool)
-        mine[worker] = subnetwork_gradients(dense, x, y, units, row, kind)[1]
+        mine[worker] = loss_and_gradients(dense, x, y, mode, held[worker])[1]
     dist.all_gather_object(of_all, mine)
     expected = [gradients for _, gradients in sorted(item for each in of_all for item in each.items())]
     for worker in engine.workers:
@@ -532,7 +504,7 @@ def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machine
         assert all(p.grad is None for p in model.parameters())  # freed once they were sent
     engine.average()
     found = owned(engine, lambda bucket: bucket.mean, config)
-    assert_close(found, mean_over_trainers(expected, units, mask), 1e-12)
+    assert_close(found, mean_over_holders(expected, held), 1e-12)
     if mode == "backward" and same_batch:
         assert_close(found, expected[0], 1e-12)  # unbiased: the dense gradient itself
 
@@ -597,21 +569,19 @@ def forward_masked_worker(kind, config):
     """A worker's own loss and gradients, and what it has allocated, against the dense model."""
     engine, (units, mask) = make_engine("forward", kind, 4, config=config), make_mask(kind, 4, config=config)
     (worker,) = engine.workers
-    row, dense = mask[worker], dense_model(config)
-    x, y = batch(3, worker, config=config)
-    expected_loss, expected = subnetwork_gradients(dense, x, y, units, row, kind)
-    held = {name: rows_of(name, gradient, units, row) for name, gradient in expected.items()}
+    dense, (x, y) = dense_model(config), batch(3, worker, config=config)
+    held = held_values(dense, units, mask[worker])
+    expected_loss, expected = loss_and_gradients(dense, x, y, "forward", held)
     with engine.turn(worker) as model:
         loss = model(x, y)
         local = dict(model.named_parameters())
         found = dict(zip(local, torch.autograd.grad(loss, list(local.values()))))
     assert abs(loss.item() - expected_loss.item()) < 1e-12
-    assert_close(found, {n: g[held[n]] for n, g in expected.items() if held[n].any()}, 1e-12)
-    assert all(expected[n][~held[n]].abs().sum() == 0 for n in expected)  # the test's own zeros
+    assert found.keys() == {n for n in held if held[n].any()}
+    assert_close(found, {n: expected[n][held[n] == 1].view_as(found[n]) for n in found}, 1e-12)
+    assert all(expected[n][held[n] == 0].abs().sum() == 0 for n in expected)  # naive.py's own zeros
     storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
-    assert sum(storages.values()) == 8 * sum(
-        rows.sum() * dense.get_parameter(n)[0].numel() for n, rows in held.items()
-    )
+    assert sum(storages.values()) == 8 * sum(values.sum() for values in held.values())
     assert sum(p.numel() for p in local.values()) < 0.8 * sum(p.numel() for p in dense.parameters())
     return sorted(local)
 
@@ -628,6 +598,7 @@ def pulled_values(mode, kind, dtype):
     bit."""
     engine, (units, mask) = make_engine(mode, kind, 4, dtype=dtype), make_mask(kind, 4)
     masters = owned(engine, lambda bucket: bucket.master)
+    dense = dense_model(dtype=torch.float32)
     (worker,) = engine.workers
     assert all(part.values.untyped_storage().nbytes() == 0 for part in engine.workers[worker].parts)
     for part in engine.workers[worker].parts:
@@ -639,7 +610,8 @@ def pulled_values(mode, kind, dtype):
     for name, parameter in engine.workers[worker].model.named_parameters():
         master = masters[name.replace(".frozen.", ".")]
         row = mask[worker] if parameter.requires_grad else ~mask[worker]
-        expected = master[rows_of(name, master, units, row)].to(dtype)
+        here = held_values(dense, units, row)[name.replace(".frozen.", ".")] == 1
+        expected = master[here].view_as(parameter).to(dtype)
         assert parameter.dtype == dtype and torch.equal(parameter, expected), name
         read += parameter.numel()
     engine.workers[worker].end(free=False)
@@ -669,19 +641,40 @@ def train_four_workers(mode, kind, config, machines=1, steps=3):
     return first, whole_values(engine)
 
 
+def train_naively(mode, kind, config, steps=3):
+    """The same run by naive.py: the whole model's last values."""
+    units, mask = make_mask(kind, 4, config=config)
+    model = dense_model(config)
+    held = [held_values(model, units, row) for row in masks.roles(mode, mask)[0]]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = adamw([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    for step in range(steps):
+        gradients = []
+        for worker in range(4):
+            x, y = batch(step, worker, config=config)
+            gradients.append(loss_and_gradients(model, x, y, mode, held[worker])[1])
+        for name, gradient in mean_over_holders(gradients, held).items():
+            model.get_parameter(name).grad = gradient
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
 @pytest.mark.parametrize("mode, kind", [pytest.param("none", "block", marks=slow), *FEWER])
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
 def test_processes_do_not_matter(in_processes, mode, kind, config):
-    """Four workers on 1, 2 and 4 processes, also on two machines; and the initial model is the dense one."""
+    """Four workers on 1, 2 and 4 processes, also on two machines: all learn what naive.py does. The initial
+    model is the dense one."""
     if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):
         pytest.skip("these two schemes suffice for images")
     layouts = [(1, 1), (4, 1)] + ([(4, 2)] if config == SMALL else [])
     layouts += [(2, 1), (2, 2), (4, 4)] if "SLOW" in os.environ or (config, kind) == (SMALL, "neuron") else []
     of_layouts = [in_processes(n, train_four_workers, mode, kind, config, m) for n, m in layouts]
-    runs = sum(of_layouts, [])
+    runs, expected = sum(of_layouts, []), train_naively(mode, kind, config)
     for first, last in runs:
         assert_close(first, dict(dense_model(config).named_parameters()), 0)
-        assert_close(last, runs[0][1], 1e-10)
+        assert_close(last, expected, 1e-10)
     assert (runs[0][1]["head.weight"] - runs[0][0]["head.weight"]).abs().max() > 0.01
 
 
@@ -698,21 +691,17 @@ def cost_of_a_step(mode, kind, coverage, dtype):
     units, mask = make_mask(kind, 4, coverage, config)
     dense, parts = build(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
     trains, reads = masks.roles(mode, mask)
-    for named in (list(of_bucket.items()) for of_bucket in by_bucket(dense).values()):
-        size = sum(p.numel() for _, p in named)
-        cut = -(-size // 4)
-
-        def elements(mask, w, named=named):
-            return torch.cat(
-                [rows_of(n, p, units, mask[w]).repeat_interleave(p[0].numel()) for n, p in named]
-            )
-
+    trained = held_values(dense, units, trains[worker])
+    read_by_others = [held_values(dense, units, reads[w]) for w in range(4) if w != worker]
+    for names in map(list, by_bucket(dense).values()):
+        cut = -(-sum(dense.get_parameter(name).numel() for name in names) // 4)
         here = slice(worker * cut, (worker + 1) * cut)
-        parts["trains"] += elements(trains, worker).sum().item()
-        parts["trains_here"] += elements(trains, worker)[here].sum().item()
-        parts["reads_by_others"] += sum(
-            elements(reads, w)[here].sum().item() for w in range(4) if w != worker
-        )
+        flat = torch.cat([trained[name].flatten() for name in names])
+        parts["trains"] += int(flat.sum())
+        parts["trains_here"] += int(flat[here].sum())
+        for read in read_by_others:
+            flat = torch.cat([read[name].flatten() for name in names])
+            parts["reads_by_others"] += int(flat[here].sum())
     assert engine.traffic["push"] == dtype.itemsize * (parts["trains"] - parts["trains_here"])
     assert engine.traffic["pull"] == dtype.itemsize * parts["reads_by_others"]
     return engine.traffic["push"], engine.traffic["pull"], moments, costs.memory(engine, worker, 1)

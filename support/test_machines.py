@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train
+from course.naive import held_values, loss_and_gradients, mean_over_holders
 from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap
 from model import build, initial_value
 from sdp import SDP, by_bucket
@@ -28,11 +29,8 @@ from test_sdp import (
     dense_model,
     make_engine,
     make_mask,
-    mean_over_trainers,
     owned,
-    rows_of,
     state_on_file,
-    subnetwork_gradients,
     whole_values,
 )  # fmt: skip
 
@@ -64,8 +62,9 @@ def counted(mode, kind, machines, mask):
                 at = torch.arange(size) // -(-size // 4)
             for machine in range(machines):
                 rows = role[machine * per_machine : (machine + 1) * per_machine].any(axis=0)  # of any worker
-                here = [rows_of(n, p, units, rows).repeat_interleave(p[0].numel()) for n, p in named]
-                expected += (torch.cat(here) & (at != machine)).sum().item() * 8
+                held = held_values(dense, units, rows)
+                here = torch.cat([held[n].flatten() for n, _ in named]) == 1
+                expected += (here & (at != machine)).sum().item() * 8
     return crossed.item(), expected
 
 
@@ -199,28 +198,24 @@ def unequal_engine(mode, kind, capacity, rows):
 def unequal_gradients(mode, kind, capacity, rows):
     """What the owners hold after a step of unequal rows, against the dense gradients of the same rows."""
     engine, units, mask = unequal_engine(mode, kind, capacity, rows)
-    edges, dense, expected = np.cumsum([0, *rows]), dense_model(), []
+    edges, dense, gradients, weights = np.cumsum([0, *rows]), dense_model(), [], []
     x, y = batch(0)
     for worker in range(4):
         mine = slice(edges[worker], edges[worker + 1])
-        row = mask[worker] if mode == "forward" else np.ones(len(units), bool)
-        expected.append(subnetwork_gradients(dense, x[mine], y[mine], units, row, kind)[1])
+        held = held_values(dense, units, mask[worker])
+        gradients.append(loss_and_gradients(dense, x[mine], y[mine], mode, held)[1])
+        weights.append({name: rows[worker] * values for name, values in held.items()})
     for worker in engine.workers:
         mine = slice(edges[worker], edges[worker + 1])
         with engine.turn(worker) as model:
             (engine.weights[worker] * model(x[mine], y[mine])).backward()
     engine.average()
     found = owned(engine, lambda bucket: bucket.mean)
-    weighted = [{n: g * number for n, g in each.items()} for each, number in zip(expected, rows)]
-    numbers = [
-        {n: torch.full_like(g, number) for n, g in each.items()} for each, number in zip(expected, rows)
-    ]
-    sums, counts = (mean_over_trainers(of, units, mask) for of in (weighted, numbers))
-    assert_close(found, {name: sums[name] / counts[name] for name in sums}, 1e-12)  # each row counts once
+    assert_close(found, mean_over_holders(gradients, weights), 1e-12)  # each row counts once
     if mode == "none":
         loss = dense(x[: sum(rows)], y[: sum(rows)])
-        gradients = torch.autograd.grad(loss, list(dense.parameters()))
-        assert_close(found, dict(zip(sums, gradients)), 1e-12)  # of the whole batch
+        of_batch = torch.autograd.grad(loss, list(dense.parameters()))
+        assert_close(found, dict(zip(gradients[0], of_batch)), 1e-12)  # of the whole batch
     return sum(bucket.master.numel() for bucket in engine.buckets.values())
 
 
