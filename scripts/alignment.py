@@ -9,10 +9,22 @@ import torch
 import torch.distributed as dist
 
 import train
-from masks import assign
-from scripts.sweep import cyclic
+from masks import UserError, assign
 from sdp import add_up
 from support.launch import at_least, make_parser
+
+
+def cyclic(units, workers, holders, seed=0, mask_number=0):
+    """As masks.assign, but the holders of a unit are neighbours in a circle: few workers share much."""
+    rng = np.random.default_rng([seed, workers, holders, mask_number])
+    mask = np.zeros((workers, len(units)), dtype=bool)
+    for kind in sorted({unit.kind for unit in units}):
+        of_kind = rng.permutation([number for number, unit in enumerate(units) if unit.kind == kind])
+        if len(of_kind) * holders < workers:
+            raise UserError(f"--coverage: so few units ({kind}) leave a worker without any; choose more")
+        first = np.arange(len(of_kind)) * workers // len(of_kind)  # of each unit's holders
+        mask[(first + np.arange(holders)[:, None]) % workers, of_kind] = True
+    return mask
 
 
 def flatten(parameters, bucket):

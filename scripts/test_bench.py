@@ -18,8 +18,8 @@ import train
 from masks import assign, spectral_gap
 from model import GPTConfig, build, initial_value, units_of
 from scripts import alignment, bench
+from scripts.alignment import cyclic
 from scripts.dense import Dense
-from scripts.sweep import cyclic
 from sdp import SDP, Layout, bucket_of
 from support import launch
 from support.processes import TINY, Ranks, assert_same_checkpoint, read_log, read_summary, slow

@@ -23,7 +23,7 @@ def write(path, content):
 
 
 def write_run(path, losses, arm="dense", seed=0, tuning=False, memory=3e6):
-    """As scripts.experiments does: a validation every 10 steps, of 1 TFLOP and 2 GB each."""
+    """As results.experiments does: a validation every 10 steps, of 1 TFLOP and 2 GB each."""
     curve = [{"val_loss": loss, "val_accuracy": 0.1} for loss in losses]
     for step, entry in zip(range(10, 999, 10), curve):
         entry |= {"step": step, "flops": step * 1e12, "sent_bytes": step * 2e9}
@@ -45,7 +45,7 @@ def write_folder(path, losses, seed=0):
 
 
 def write_times(path, times, mbit=100, processes=2, seed=1):
-    """As scripts.wire does; times: of each engine, in parts of DDP's."""
+    """As results.wire does; times: of each engine, in parts of DDP's."""
     arms = {engine: {"step_ms": 99.0, "step_ms_vs_ddp": time} for engine, time in zip(ENGINES, times)}
     flags = {"machines": 2, "processes": processes, "mbit": mbit, "seed": seed, "arms": ENGINES}
     return write(path, {"torch": "2", "flags": flags, "arms": arms})

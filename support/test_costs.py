@@ -169,8 +169,16 @@ def test_a_missing_compiler_ends_with_one_line(refused, monkeypatch, tmp_path):
 
 # ---- the house: who imports whom, and how long it all is
 
-STOREYS = (("masks",), ("model", "sdp", "data"), ("support",), ("train",), ("scripts",), ("course",))
-FOLDERS = ("support", "scripts", "course")
+STOREYS = [
+    ("masks",),
+    ("model", "sdp", "data"),
+    ("support",),
+    ("train",),
+    ("scripts",),
+    ("results",),
+    ("course",),
+]
+FOLDERS = ("support", "scripts", "results", "course")
 CAPS = {
     "masks.py": 260,
     "model.py": 480,
@@ -180,8 +188,9 @@ CAPS = {
     "test_sdp.py": 900,
     "README.md": 220,
     "support": 870,  # of folders what is no test
-    "scripts": 1620,
-    "all that is no test": 4340,
+    "scripts": 1110,
+    "results": 660,
+    "all that is no test": 4500,
 }
 LONGEST_FUNCTION = 60
 
