@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from masks import UserError, columns
-from model import build, shared_blocks, units_of
+from model import build, units_of
+from support.presets import shared_blocks
 
 
 def check_coverage(coverage):

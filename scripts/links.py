@@ -5,8 +5,9 @@ from math import comb
 import torch
 
 from masks import UserError, holders_per_unit
-from model import SIZES, GPTConfig, build, units_of
+from model import GPTConfig, build, units_of
 from support.launch import at_least, make_parser, whole_numbers
+from support.presets import SIZES
 
 SCHEMES = ["DDP", "FSDP2", "HSDP", "none flat", "none two levels"]
 SCHEMES += [f"{m} {e}" for m in ("backward", "forward") for e in ("flat", "two levels", "by machine")]
@@ -20,7 +21,7 @@ by machine: two levels, and all workers of a machine hold the same blocks."""
 FLAGS = (
     ("--machines", at_least(2), 64, "M"),
     ("--gpus", at_least(1), 8, "G of each machine, with a worker each: N = M G"),
-    ("--size", tuple(SIZES["gpt"]), "1b", "preset of the GPT's shape, see SIZES in model.py"),
+    ("--size", tuple(SIZES["gpt"]), "1b", "preset of the GPT's shape, see support/presets.py"),
     ("--vocabulary", at_least(1), 50304, "tokens: 50304 of FineWeb, 256 of bytes"),
     ("--coverage", float, 0.5, "share C of the workers, or of the machines, that hold a block"),
     ("--gbit", whole_numbers, "25,100,400", "Gbit/s that a machine sends, and receives at once"),

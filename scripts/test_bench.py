@@ -251,7 +251,8 @@ def test_alignment_of_gradients(in_processes, kind, drop_path):
     """In backward masking each worker's gradient is that of the whole model; in forward masking it is not."""
     for n in (2, 4):
         backward = in_processes(n, check_alignment, "backward", kind, drop_path)[0]
-        forward = in_processes(n, check_alignment, "forward", kind, drop_path)[0]
+        # Absent blocks draw no rows to skip, so the others would skip other rows than in the whole model.
+        forward = in_processes(n, check_alignment, "forward", kind, 0)[0]
         assert backward == pytest.approx([1] * 4, abs=1e-12) and max(forward) < 0.99
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from masks import Unit, assign, holders_per_unit, roles
-from model import SIZES
 from scripts import links
 from scripts.links import SCHEMES, computing_seconds, held_share, sent_by_machine
+from support.presets import SIZES
 from support.processes import HERE
 
 LAYOUTS = [(2, 2), (2, 4), (4, 2)]  # (machines, GPUs of each)

@@ -181,16 +181,16 @@ STOREYS = [
 FOLDERS = ("support", "scripts", "results", "course")
 CAPS = {
     "masks.py": 260,
-    "model.py": 480,
+    "model.py": 440,
     "sdp.py": 429,
     "data.py": 280,
     "train.py": 450,
     "test_sdp.py": 900,
     "README.md": 220,
-    "support": 870,  # of folders what is no test
+    "support": 920,  # of folders what is no test
     "scripts": 1110,
     "results": 660,
-    "all that is no test": 4500,
+    "all that is no test": 4520,
 }
 LONGEST_FUNCTION = 60
 
