@@ -153,7 +153,7 @@ def read_shard(path, every_token=False):
     remedy = f"delete it and run python -m scripts.prepare fineweb --data-dir {path.parent}"
     size, header = path.stat().st_size, np.fromfile(path, "<i4", count=256).tolist()
     if size <= 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
-        raise UserError(f"{path}: is no whole shard ({size:,} bytes, header {header[:3]}); {remedy}")
+        raise UserError(f"{path}: is not a complete shard ({size:,} bytes, header {header[:3]}); {remedy}")
     tokens = np.memmap(path, "<u2", mode="r", offset=1024)
     some = tokens if every_token else tokens[np.linspace(0, len(tokens) - 1, 1000).astype(int)]
     if some.max() >= TOKENS:

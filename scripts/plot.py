@@ -8,14 +8,12 @@ import numpy as np
 from masks import UserError
 from support.launch import make_parser
 
-FLAGS = (("--machines", bool, False, "step times of results.wire"), ("--out", str, "loss.svg", "figure"))
+FLAGS = (("--machines", bool, False, "times of results.wire"), ("--out", str, "loss.svg", "file to write"))
 CURVE_KEYS = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # of log.jsonl
 COST_KEYS = ("weight_bytes", "activation_bytes", "flops")  # of a worker in summary.json
 COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
-COSTS |= {
-    "sent_bytes": (1e9, "GB sent by a worker"),
-    "memory_bytes": (1e6, "MB: weights, activations"),
-}
+COSTS["sent_bytes"] = (1e9, "GB sent by a worker")
+COSTS["memory_bytes"] = (1e6, "MB: weights, activations")
 WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
 ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
 ENGINES |= {mask + way: mask + WAYS[way] for mask in ("backward", "forward") for way in WAYS}
@@ -61,13 +59,13 @@ def read_all(paths, read):
         try:
             group, seed, numbers = read(file)
         except (ValueError, LookupError, TypeError, IsADirectoryError) as error:
-            raise UserError(f"{file}: is no run of this kind, or has no validations") from error
+            raise UserError(f"{file}: is not a run of this kind, or has no validation") from error
         if seed in groups.get(group, {}):
-            raise UserError(f"{file}: repeats another run, with the same seed {seed}")
+            raise UserError(f"{file}: is the same run as another, with seed {seed}")
         if seed is not None:
             groups.setdefault(group, {})[seed] = numbers
     if not groups:
-        raise UserError(f"{paths[0]}: has only runs of tuning")
+        raise UserError(f"{paths[0]}: has only tuning runs")
     return {group: np.array(list(runs.values()), dtype=float) for group, runs in groups.items()}
 
 

@@ -165,22 +165,22 @@ def bad_input(name, folder):
     if name == "missing":
         return folder / "nowhere", "No such file"
     if name == "empty folder":
-        return folder, "no run of this kind"
+        return folder, "not a run of this kind"
     if name == "stopped run":
         write_folder(folder / "a", [3.0])
         (folder / "a/summary.json").unlink()
-        return folder / "a", "no run of this kind"
+        return folder / "a", "not a run of this kind"
     if name == "not JSON":
         (folder / "a.json").write_text("step 3")
-        return folder / "a.json", "no run of this kind"
+        return folder / "a.json", "not a run of this kind"
     if name == "no validations":
-        return write_run(folder / "a.json", []), "no run of this kind"
+        return write_run(folder / "a.json", []), "not a run of this kind"
     if name == "only tuning":
-        return write_run(folder / "a.json", [3.0], tuning=True).parent, "only runs of tuning"
+        return write_run(folder / "a.json", [3.0], tuning=True).parent, "only tuning runs"
     if name == "same seed":
         write_run(folder / "a.json", [3.0])
-        return write_run(folder / "b.json", [2.0]).parent, "b.json: repeats another run"
-    return write_times(folder / "a.json", [1.0] * 10), "no run of this kind"
+        return write_run(folder / "b.json", [2.0]).parent, "b.json: is the same run as another"
+    return write_times(folder / "a.json", [1.0] * 10), "not a run of this kind"
 
 
 NAMES = (
@@ -208,9 +208,9 @@ def test_bad_times(tmp_path):
     good = write_times(tmp_path / "good.json", [1.0] * 10)
     short = write_times(tmp_path / "short.json", [1.0] * 9)
     for path in (write_run(tmp_path / "run.json", [3.0]), short):
-        with pytest.raises(UserError, match=f"{path}: is no run of this kind"):
+        with pytest.raises(UserError, match=f"{path}: is not a run of this kind"):
             plot.read_all([good, path], plot.read_times)
-    with pytest.raises(UserError, match="good.json: repeats another run"):
+    with pytest.raises(UserError, match="good.json: is the same run as another"):
         plot.read_all([good, good], plot.read_times)
 
 
@@ -232,9 +232,9 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
 def test_errors(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert "nowhere" in error_of(capsys, tmp_path / "nowhere")
-    assert "no run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
+    assert "not a run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
     path = write_run(tmp_path / "a.json", [3.0])
     assert "/nowhere/a.svg" in error_of(capsys, path, "--out", "/nowhere/a.svg")
     assert "--out a.png: must end in .svg" in error_of(capsys, path, "--out", "a.png")
-    assert "no run of this kind" in error_of(capsys, "--machines", path)
+    assert "not a run of this kind" in error_of(capsys, "--machines", path)
     assert "PATH" in error_of(capsys)

@@ -104,8 +104,8 @@ def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifa
     assert loss_of_weights(tmp_path / "weights", summary) == pytest.approx(loss, rel=0.02)
     write_images(tmp_path / "other" / "cifar10", train=15, test=3, side=16)
     assert "image" in error("evaluate", checkpoint, "--data-dir", tmp_path / "other")
-    assert "is no GPT" in error("sample", checkpoint)
-    assert "is for a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
+    assert "is not a GPT" in error("sample", checkpoint)
+    assert "needs a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
     line = said("evaluate", checkpoint, "--coverage", 1)  # with statistics estimated anew
     assert f"coverage 1: val_loss {loss:.4f} nats per image" in line and "100.0%" in line
     assert "--norm group" in error("export", checkpoint, tmp_path / "half", "--coverage", 0.5)
@@ -393,7 +393,7 @@ BAD_COMMANDS = [  # what the one line must say
     ("sample CKPT --temperature nan", "--temperature: 'nan': must be a finite number of at least 0"),
     ("sample CKPT --seed x", "--seed: 'x': must be a whole number"),
     ("export CKPT", "file"),
-    ("export CKPT CKPT", "ckpt.pt: is there already; choose another name"),
+    ("export CKPT CKPT", "ckpt.pt: exists already; choose another name"),
     ("export CKPT /dev/null/x", "/dev/null/x: cannot be written"),
     ("export CKPT /dev/null/x --hf", "/dev/null/x: cannot be written"),
     ("evaluate CKPT --data-dir /nowhere", "--data-dir /nowhere"),
