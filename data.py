@@ -1,8 +1,8 @@
-"""What is learnt: batches of text or of images, which depend only on (seed, step).
+"""Batches of text or of images, which depend on (seed, step) alone.
 
-Random numbers are drawn for a whole batch, and a worker takes its rows: workers and masks do not matter.
-
-Needs masks.py, and files that scripts/prepare.py has made. Read next: train.py, the loop that uses it.
+The default needs nothing prepared: it is Python's own library. --data text reads any text. What else
+--data names needs scripts/prepare.py first. Random numbers are drawn for a whole batch, and a worker
+takes its rows of it: so batches depend on no masks. Needs masks.py. Read next: train.py.
 """
 
 import hashlib
@@ -23,63 +23,63 @@ from masks import UserError
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders
 KINDS = ("python", "text", "fineweb", "cifar10", "cifar100", "imagenet")  # what --data can be
-HELD_OUT = 13  # files out of 256, of text
 TOKENS = 50257  # of GPT-2; a model for them has 50304, a multiple of 128
-ARRAYS = ("train", "train-labels", "val", "val-labels")  # NAME.npy, for the first arguments of Images
+ARRAYS = ("train", "train-labels", "val", "val-labels")  # NAME.npy, as Images takes them
 # What libraries raise where a file is not what they expect:
 DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RecursionError,
            SyntaxError, TokenError, TypeError, ValueError, struct.error, zlib.error)  # fmt: skip
 
 
 def load(name, folder=None, context=None, tests=1):
-    """What --data and --data-dir name: a Text, with `tests` windows to validate, or Images. Raises UserError
-    where the data is damaged, or missing: then with the command that prepares it."""
+    """What --data and --data-dir name: Images, or a Text with `tests` windows to validate."""
     try:
-        if name == "python":  # 11 MB, without its tests
+        if name == "python":  # 11 MB
             return read_bytes(folder or sysconfig.get_paths()["stdlib"], context or 128, tests, ".py")
         if name == "text":
             return read_bytes(folder or "datasets/text", context or 128, tests)
         if name == "fineweb":
-            return fineweb(folder or "datasets/fineweb", context or 1024, tests)
-        return read_images(name, folder or ("datasets/imagenet" if name == "imagenet" else "datasets"))
+            return read_fineweb(folder or "datasets/fineweb", context or 1024, tests)
+        default = "datasets/imagenet" if name == "imagenet" else "datasets"
+        return read_images(name, folder or default)
     except OSError as error:
         raise UserError(f"--data {name}: cannot be read ({error})") from None
 
 
 def load_batches(data, engine, args, step):
-    """{worker: (x, y)} for this process's workers: rows that depend on the step and the worker alone."""
-    batches, edges = {}, np.cumsum([0, *args.rows]) * (args.batch_size // sum(args.rows))
+    """{worker: (x, y)} for this process's workers: rows that depend on step and worker alone."""
+    edges = np.cumsum([0, *args.rows]) * (args.batch_size // sum(args.rows))
+    batches = {}
     for worker in engine.workers:
-        which = slice(*edges[worker : worker + 2].tolist())
+        which = slice(edges[worker], edges[worker + 1])
         batches[worker] = data.batch(args.seed, step, args.batch_size, which, engine.device)
     return batches
 
 
 class Text:
     """Tokens to train on and tokens held out, in windows of `context` tokens.
-    train, held_out: lists of 1-D integer arrays, in memory or memory-mapped. A window lies in one array.
+    train, held_out: lists of 1-D integer arrays, in memory or memory-mapped. A window lies in one.
     shape: what a model must know. outputs: the tokens it chooses from. epoch_size: windows of an epoch.
-    tests: windows of the validation set. Raises UserError where an array is too short for a window."""
+    tests: windows to validate. Raises UserError where an array is too short."""
 
     def __init__(self, train, held_out, vocabulary, context, tests=1):
         fewest = min(len(tokens) for tokens in (*train, *held_out))
         if fewest <= context:
             raise UserError(f"--context {context}: must be below {fewest}, the tokens that there are")
         self.train, self.held_out = train, held_out
-        self.item, self.items, self.items_per_row = "token", "tokens", context
-        self.context, self.outputs, self.tests = context, vocabulary, tests
+        self.item, self.items = "token", "tokens"
+        self.context = self.items_per_row = context
+        self.outputs, self.tests = vocabulary, tests
         self.shape = {"vocabulary": vocabulary, "context": context}
         self.epoch_size = sum(len(tokens) for tokens in train) // context
 
     def batch(self, seed, step, size, which=slice(None), device="cpu"):
-        """The rows `which` of a step's batch of `size` random windows: (tokens, targets), each int64
-        (rows, context). A target is the token that follows. Steps count from 1."""
+        """Rows `which` of a step's `size` random windows: (tokens, targets), int64 (rows, context)."""
         count = sum(len(tokens) - self.context for tokens in self.train)
         numbers = np.random.default_rng([seed, step]).integers(0, count, size)
         return self._cut(self.train, numbers[which], device)
 
     def validation(self, which=slice(None), device="cpu"):
-        """The rows `which` of the evenly spaced held-out windows: (tokens, targets), like a batch."""
+        """Rows `which` of the evenly spaced held-out windows: (tokens, targets), like a batch."""
         count = sum(len(tokens) - self.context for tokens in self.held_out)
         numbers = np.linspace(0, count - 1, self.tests).astype(np.int64)
         return self._cut(self.held_out, numbers[which], device)
@@ -88,28 +88,27 @@ class Text:
         return self  # windows are cut on the CPU
 
     def fingerprint(self):
-        """A checksum by which processes compare their data: of an array beyond 2**25 tokens, of its ends."""
+        """A checksum by which processes compare their data; of large arrays only their ends count."""
         checksum = 0
         for tokens in (*self.train, *self.held_out):
-            ends = np.concatenate([tokens[: 2**20], tokens[-(2**20) :]])
-            checksum = zlib.crc32(tokens if len(tokens) < 2**25 else ends, checksum)
+            if len(tokens) >= 2**25:
+                tokens = np.concatenate([tokens[: 2**20], tokens[-(2**20) :]])
+            checksum = zlib.crc32(tokens, checksum)
         return checksum
 
     def _cut(self, arrays, numbers, device):
         """The windows with those numbers, which count on from array to array, like a batch."""
-        first = np.cumsum([0] + [len(tokens) - self.context for tokens in arrays])  # (arrays + 1,)
+        first = np.cumsum([0] + [len(tokens) - self.context for tokens in arrays])
         array_of = np.searchsorted(first, numbers, side="right") - 1
         windows = np.empty((len(numbers), self.context + 1), dtype=np.int64)
         for window, a, begin in zip(windows, array_of, numbers - first[array_of]):
-            window[:] = arrays[a][begin : begin + self.context + 1]  # with the target of the last token
+            window[:] = arrays[a][begin : begin + self.context + 1]  # with the last target
         windows = torch.from_numpy(windows).to(device)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def read_bytes(path, context=128, tests=1, ending=""):
-    """A Text of the bytes of a file, whose last tenth is held out; or of a folder's files whose names have
-    this ending. There a hash of the path in the folder decides what is held out, on any machine. Raises
-    UserError."""
+    """A Text of a file's bytes, whose last tenth is held out, or of a folder, see `read_folder`."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"--data-dir {path}: there is no such file or folder; name one")
@@ -119,25 +118,26 @@ def read_bytes(path, context=128, tests=1, ending=""):
     else:
         train, held_out = read_folder(path, ending)
     if not len(train) or not len(held_out):
-        needed = f"a folder with dozens of {ending} files" if ending else "a file, or a folder with dozens"
-        raise UserError(f"--data-dir {path}: must be {needed}")
+        needed = f"must be a file, or a folder with dozens of {ending or 'text'} files"
+        raise UserError(f"--data-dir {path}: {needed}")
     return Text([train], [held_out], 256, context, tests)
 
 
 def read_folder(root, ending):
-    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending, but
-    for the folders that are LEFT_OUT."""
+    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending.
+    A hash of a file's path in the folder decides what is held out, on any machine alike."""
     train, held_out = [], []
     for here, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - LEFT_OUT)  # in place: the walk goes on in this order
         for path in (Path(here, name) for name in sorted(files) if name.endswith(ending)):
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-            (held_out if digest[0] < HELD_OUT else train).append(path.read_bytes())
+            part = held_out if digest[0] < 13 else train  # 13 of 256
+            part.append(path.read_bytes())
     return tuple(np.frombuffer(b"\n".join(part), np.uint8) for part in (train, held_out))
 
 
-def fineweb(folder, context=1024, tests=1):
-    """A Text of web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens: all shards *_train_*.bin and
+def read_fineweb(folder, context=1024, tests=1):
+    """A Text of web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens: all *_train_*.bin and
     *_val_*.bin of the folder, memory-mapped. Raises UserError where there is none, or a bad one."""
     train = [read_shard(path) for path in sorted(Path(folder).glob("*_train_*.bin"))]
     held_out = [read_shard(path) for path in sorted(Path(folder).glob("*_val_*.bin"))]
@@ -148,32 +148,32 @@ def fineweb(folder, context=1024, tests=1):
 
 
 def read_shard(path, every_token=False):
-    """The tokens of a file in llm.c's format (https://github.com/karpathy/llm.c), uint16, memory-mapped,
-    after 256 int32. Checks 1,000 tokens, or `every_token`, reading the whole file. Raises UserError."""
+    """The tokens of a file in the format of https://github.com/karpathy/llm.c: uint16 after 256 int32,
+    memory-mapped. Checks 1,000 tokens, or `every_token`. Raises UserError."""
     remedy = f"delete it and run python -m scripts.prepare fineweb --data-dir {path.parent}"
-    header, size = np.fromfile(path, "<i4", count=256).tolist(), path.stat().st_size
+    size, header = path.stat().st_size, np.fromfile(path, "<i4", count=256).tolist()
     if size <= 1024 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
-        raise UserError(f"{path}: is no whole shard ({size:,} bytes, header {header[:3]}); {remedy}")
+        raise UserError(f"{path}: is not a complete shard ({size:,} bytes, header {header[:3]}); {remedy}")
     tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-    sample = tokens if every_token else tokens[np.linspace(0, len(tokens) - 1, 1000).astype(int)]
-    if sample.max() >= TOKENS:
-        raise UserError(f"{path}: has a token {sample.max()}, beyond the vocabulary of {TOKENS}; {remedy}")
+    some = tokens if every_token else tokens[np.linspace(0, len(tokens) - 1, 1000).astype(int)]
+    if some.max() >= TOKENS:
+        raise UserError(f"{path}: has a token {some.max()}, beyond the {TOKENS} of GPT-2; {remedy}")
     return tokens
 
 
 class Images:
-    """Images to train on and to test on. Training sees random crops of `size` pixels, the test central ones.
+    """Images to train on and to test on. Training sees random crops, the test central ones.
     train, test: uint8 (images, 3, side, side), in memory or memory-mapped. labels, test_labels: int64
-    (images,). mean, std: of the three channels, of 255. crop(rng, number, side): boxes, see _cut.
-    shape: what a model must know. outputs: classes. epoch_size, tests: images to train and to test on."""
+    (images,). size: pixels of a crop's side. mean, std: of the channels, of 255. crop(rng, number, side):
+    boxes, see _cut. The other attributes are those of a Text."""
 
     def __init__(self, train, labels, test, test_labels, classes, size, mean, std, crop):
-        self.item, self.items, self.items_per_row = "image", "images", 1
         self.train, self.labels = train, labels
         self.test, self.test_labels = test, test_labels
+        self.item, self.items, self.items_per_row = "image", "images", 1
         self.mean, self.std = torch.tensor([mean, std], dtype=torch.float32).view(2, 3, 1, 1)
         self.size, self.crop = size, crop
-        self.outputs, self.shape = classes, {"classes": classes, "image": size}
+        self.shape, self.outputs = {"classes": classes, "image": size}, classes
         self.epoch_size, self.tests = len(train), len(test)
 
     def to(self, device):
@@ -184,10 +184,10 @@ class Images:
         return self
 
     def batch(self, seed, step, size, which=slice(None), device="cpu"):
-        """The rows `which` of a step's batch of `size` random crops: float32 (rows, 3, self.size, self.size),
-        and their labels, int64 (rows,). Each epoch has all images in a new order. Steps count from 1."""
-        positions = [divmod(i, self.epoch_size) for i in range((step - 1) * size, step * size)]
-        chosen = np.array([shuffled(seed, epoch, self.epoch_size)[place] for epoch, place in positions])
+        """The rows `which` of a step's batch of `size` random crops: float32 (rows, 3, self.size,
+        self.size), and labels, int64 (rows,). An epoch has all images in an order of its own."""
+        places = [divmod(i, self.epoch_size) for i in range((step - 1) * size, step * size)]
+        chosen = np.array([shuffled(seed, epoch, self.epoch_size)[place] for epoch, place in places])
         images = self._random_crops(np.random.default_rng([seed, step]), chosen, which, device)
         return images, torch.from_numpy(self.labels[chosen[which]]).to(device)
 
@@ -199,7 +199,7 @@ class Images:
         return self._cut(self.test, chosen, boxes, device), labels
 
     def calibration(self, seed, number, which=slice(None), device="cpu"):
-        """The rows `which` of `number` training images, cropped like a batch, to estimate batch norms."""
+        """The rows `which` of `number` training images, like a batch, to estimate batch norms."""
         rng = np.random.default_rng([seed, 0])  # no step of training has the number 0
         chosen = rng.choice(self.epoch_size, number, replace=number > self.epoch_size)
         return self._random_crops(rng, chosen, which, device)
@@ -213,7 +213,7 @@ class Images:
         return checksum
 
     def _random_crops(self, rng, chosen, which, device):
-        """The rows `which` of the chosen images, cropped as in training and about half of them mirrored."""
+        """The rows `which` of the chosen images, cropped as in training, about half of them mirrored."""
         boxes = self.crop(rng, len(chosen), self.train.shape[-1])
         boxes[:, 2] *= rng.choice([-1, 1], len(chosen))
         return self._cut(self.train, chosen[which], boxes[which], device)
@@ -221,12 +221,12 @@ class Images:
     def _cut(self, images, chosen, boxes, device):
         """Boxes (rows, 4) of the chosen images: centre x, y and scales x, y, where an image reaches from
         -1 to 1. A negative scale mirrors. What lies outside of the image gets the mean colour."""
-        x = torch.as_tensor(images)[torch.from_numpy(chosen)].to(device)  # also where they are on it
+        x = torch.as_tensor(images)[torch.from_numpy(chosen)].to(device)
         x = (x.float() - self.mean.to(device)) / self.std.to(device)
-        centre, scale = torch.from_numpy(boxes).to(x).split(2, dim=1)  # (rows, 2)
+        centre, scale = torch.from_numpy(boxes).to(x).split(2, dim=1)
         theta = torch.cat([scale.diag_embed(), centre[:, :, None]], dim=2)  # (rows, 2, 3)
         grid = F.affine_grid(theta, (len(x), 3, self.size, self.size), align_corners=False)
-        return F.grid_sample(x, grid, align_corners=False)  # float32 (rows, 3, self.size, self.size)
+        return F.grid_sample(x, grid, align_corners=False)  # float32 (rows, 3, size, size)
 
 
 @lru_cache(2)  # a batch reaches into two epochs at most, unless it is larger than one
@@ -242,8 +242,8 @@ def shifted(rng, number, side):
 
 
 def resized(rng, number, side):
-    """Boxes (number, 4) as of Inception (https://arxiv.org/abs/1409.4842), 3/4 to 4/3 as wide as high."""
-    area = rng.uniform(0.25, 1, number)  # the share of the image that is seen; Inception begins at 0.08
+    """Boxes (number, 4) as of Inception (arXiv 1409.4842), 3/4 to 4/3 as wide as high."""
+    area = rng.uniform(0.25, 1, number)  # the share that is seen; Inception begins at 0.08
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), number))
     scale = np.minimum(1, np.sqrt(np.column_stack([area * ratio, area / ratio])))
     return np.column_stack([rng.uniform(-1, 1, (number, 2)) * (1 - scale), scale])
@@ -251,11 +251,12 @@ def resized(rng, number, side):
 
 def read_images(name, data_dir):
     """Images of the arrays that scripts/prepare.py has written, memory-mapped. Raises UserError."""
-    folder, remedy = Path(data_dir, name), f"run python -m scripts.prepare {name} --data-dir {data_dir}"
-    look = {"mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7), "crop": shifted}
     if name == "imagenet":
-        folder, remedy = Path(data_dir), f"run python -m scripts.prepare imagenet --src DIR --out {data_dir}"
-        look = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4), "crop": resized}
+        folder, options = Path(data_dir), f"--src DIR --out {data_dir}"
+        mean, std, crop = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4), resized
+    else:
+        folder, options = Path(data_dir, name), f"--data-dir {data_dir}"
+        mean, std, crop = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), shifted
     try:
         about = json.loads((folder / "about.json").read_text())
         size, side, classes = int(about["size"]), about["side"], len(about["classes"])
@@ -265,13 +266,14 @@ def read_images(name, data_dir):
         if not 0 < size <= side:
             raise ValueError(f"about.json has the size {size} for images of {side} pixels")
     except DAMAGED as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())  # numpy's can have several lines
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
+        remedy = f"run python -m scripts.prepare {name} {options}"
         raise UserError(f"{folder}: has no complete arrays of images ({reason}); {remedy}") from None
-    return Images(*arrays, classes, size, **look)
+    return Images(*arrays, classes, size, mean, std, crop)
 
 
 def check_images(images, labels, side, classes):
-    """Raises ValueError unless images are uint8 (n, 3, side, side) and labels int64 (n,) below `classes`."""
+    """Raises ValueError unless images are uint8 (n, 3, side, side), labels int64 (n,) below `classes`."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape != (*labels.shape, 3, side, side):
         raise ValueError(f"images of {images.dtype} {images.shape} for {labels.shape} labels, {side} pixels")
     if labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:

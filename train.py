@@ -28,12 +28,13 @@ from tqdm import tqdm
 import masks
 from data import KINDS, load, load_batches
 from masks import UserError
-from model import CONFIGS, build, initial_value, preset, shared_blocks, units_of
+from model import CONFIGS, build, initial_value, units_of
 from sdp import SDP, PeerLost, peers
 from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
 from support.machines import Machines, spread
+from support.presets import preset, shared_blocks
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config

@@ -1,4 +1,4 @@
-"""Levers that could make forward masking win, one run each: PYTHONPATH=. python results/levers.py NAME...
+"""Levers that could make forward masking win, one run each: python -m results.levers NAME...
 
 Writes results/levers/NAME-SEED.json of each, and prints a line. Some levers are functions, not flags.
 """
@@ -11,7 +11,8 @@ import torch
 
 import masks
 import train
-from scripts.experiments import Run, read_out, versions, write_texts
+from results.experiments import Run, versions, write_texts
+from scripts.plot import read_out
 from sdp import SDP
 
 SEED, STEPS, EVERY = 0, 500, 10
@@ -62,7 +63,8 @@ LEVERS = {  # {name: (flags, more arguments of train.main)}
     "ends": ("--mask forward --keep ends --coverage 0.25 --resample 10 --layers 6 --workers 8", {}),
 }
 
-if __name__ == "__main__":
+
+def main():
     torch.set_num_threads(1)
     write_texts(Path("datasets/levers"), "")
     for name in sys.argv[1:]:
@@ -74,3 +76,7 @@ if __name__ == "__main__":
             about = {"arm": name, "seed": SEED, "flags": run.flags, "versions": versions()}
             run.write(about | read_out(out))
         print(f"{name}: {run.read()['curve'][-1]['val_loss']:.3f} nats per byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Train as train.py does, and compare gradients with the whole model's: python -m scripts.alignment"""
+"""Train like train.py, and compare gradients with the whole model's: python -m scripts.alignment"""
 
 import json
 import os
@@ -9,10 +9,22 @@ import torch
 import torch.distributed as dist
 
 import train
-from masks import assign
-from scripts.sweep import cyclic
+from masks import UserError, assign
 from sdp import add_up
 from support.launch import at_least, make_parser
+
+
+def cyclic(units, workers, holders, seed=0, mask_number=0):
+    """As masks.assign, but the holders of a unit are neighbours in a circle: few workers share much."""
+    rng = np.random.default_rng([seed, workers, holders, mask_number])
+    mask = np.zeros((workers, len(units)), dtype=bool)
+    for kind in sorted({unit.kind for unit in units}):
+        of_kind = rng.permutation([number for number, unit in enumerate(units) if unit.kind == kind])
+        if len(of_kind) * holders < workers:
+            raise UserError(f"--coverage: a worker would hold no unit of {kind}; use a larger one")
+        first = np.arange(len(of_kind)) * workers // len(of_kind)  # of each unit's holders
+        mask[(first + np.arange(holders)[:, None]) % workers, of_kind] = True
+    return mask
 
 
 def flatten(parameters, bucket):
@@ -55,9 +67,10 @@ def compare(engine, batches, args, step):
 
 
 def main(argv=None):
-    flags = [("--every", at_least(1), 100, "steps between two comparisons")]
-    flags += [("--cyclic", bool, False, "assign units in a circle")]
-    own, rest = make_parser("Takes the flags of train.py, and", flags).parse_known_args(argv)
+    flags = [("--every", at_least(1), 100, "steps between comparisons")]
+    flags += [("--cyclic", bool, False, "only neighbours in a circle of workers share units")]
+    parser = make_parser(f"{__doc__} It takes all flags of train.py, and these:", flags)
+    own, rest = parser.parse_known_args(argv)
     args, found = train.make_parser().parse_args(rest), []
 
     def before_step(step, engine, batches):

@@ -52,25 +52,26 @@ def bench(plan, device):
 
 def main(argv=None):
     parser = train.make_parser()
+    parser.description = __doc__
     parser.set_defaults(steps=20, workers=launch.world_size())
     args, _ = train.parse(argv, parser)
     try:
         for flag in ("mask", "workers", "resume", "resample", "finish", "epochs"):
             if getattr(args, flag) != parser.get_default(flag):
-                raise UserError(f"--{flag} {getattr(args, flag)}: is not for scripts.bench; leave it out")
+                raise UserError(f"--{flag} {getattr(args, flag)}: does not work in scripts.bench; remove it")
         plan = train.make_plan(args, None, assign)
         if args.out:
             checkpoint.prepare_folder(args, None, names=["bench.json"])
         device, _ = launch.start(args.device, args.timeout)
         if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-            raise UserError(f"--device cpu: FSDP needs a newer torch there than {torch.__version__}")
+            raise UserError(f"--device cpu: FSDP on a CPU needs a newer torch than {torch.__version__}")
         if device.type == "cuda" and torch.distributed.get_backend() == "gloo":
-            raise UserError("--device cuda: needs a GPU for each process; start fewer, or take --device cpu")
+            raise UserError("--device cuda: needs a GPU per process; start fewer, or use --device cpu")
         args.dtype = args.dtype or launch.default_dtype(device)
         plan.data = plan.data.to(device)
         found = bench(plan, device)
         if torch.distributed.get_rank() == 0:
-            print(f"{'':<14}   ms a step      of DDP  static, MB  activ., MB    sent, MB       GFLOP")
+            print(f"{'':<14}    step, ms     vs. DDP  static, MB  activ., MB    sent, MB       GFLOP")
             for name, row in found.items():
                 print(f"{name:<14}" + "".join(f"{row[key] / unit:>12.2f}" for key, unit in UNITS.items()))
             if args.out:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from masks import UserError, columns
-from model import build, shared_blocks, units_of
+from model import build, units_of
+from support.presets import shared_blocks
 
 
 def check_coverage(coverage):
@@ -26,7 +27,7 @@ def units_to_cut(args, saved):
     """The units of a checkpoint's model that --units and --keep name; without --coverage []. By default
     those that it was trained with, or, without masks, all heads and groups. Raises UserError."""
     if args.coverage is None and (args.units or args.keep):
-        raise UserError("--units, --keep: say what --coverage cuts; add it, such as --coverage 0.5")
+        raise UserError("--units, --keep: need --coverage; add it, such as --coverage 0.5")
     if args.coverage is None:
         return []
     masked = saved["flags"]["mask"] != "none"

@@ -1,6 +1,7 @@
-"""Validate a whole model, by default as in training: python or torchrun -m scripts.evaluate ckpt.pt
+"""Validate the model of a checkpoint as in training: python -m scripts.evaluate runs/a/ckpt.pt
 
-With --coverage 0.25,0.5,1 it validates random parts of the model, ten of each coverage.
+With --coverage 0.25,0.5,1 it validates random subnetworks, ten of each coverage. Processes of torchrun
+share the work.
 """
 
 import numpy as np
@@ -51,9 +52,9 @@ def print_whole(model, data, args, device):
 def main(argv=None):
     own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
-    flags.append(("--coverage", coverages, None, "validate random parts with these shares of the units"))
+    flags.append(("--coverage", coverages, None, "validate random subnetworks with these shares of units"))
     parser = launch.make_parser(__doc__, flags)
-    parser.add_argument("checkpoint", help="ckpt.pt in the --out of train.py")
+    parser.add_argument("checkpoint", help="a checkpoint of train.py")
     try:
         given = parser.parse_args(argv)
         saved = checkpoint.read_checkpoint(given.checkpoint)

@@ -42,7 +42,7 @@ def read(args):
         why = "the batch norms of a cut ResNet need statistics from data"
         raise UserError(f"--coverage: {why}; export a whole one, or one trained with --norm group")
     if args.hf and not isinstance(model.config, GPTConfig):
-        raise UserError("--hf: is for a GPT, and the checkpoint is of another model")
+        raise UserError("--hf: needs a GPT, but the checkpoint has another model")
     return model
 
 
@@ -103,23 +103,23 @@ def write_llama(model, path):
 def main(argv=None):
     own = ("--units", "--keep")
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
-    flags.append(("--coverage", check_coverage, None, "write a random part, this share C of the units"))
-    flags.append(("--seed", at_least(0), 0, "of the random part"))
-    flags.append(("--hf", bool, False, "of a GPT: for transformers' LlamaForCausalLM"))
+    flags.append(("--coverage", check_coverage, None, "write a random subnetwork, this share of units"))
+    flags.append(("--seed", at_least(0), 0, "of the random subnetwork"))
+    flags.append(("--hf", bool, False, "write a GPT as a folder for transformers' LlamaForCausalLM"))
     parser = make_parser(__doc__.splitlines()[0], flags)
-    parser.add_argument("checkpoint", help="ckpt.pt of train.py")
-    parser.add_argument("file", type=Path, help="to be written; with --hf, the folder to be made")
+    parser.add_argument("checkpoint", help="a checkpoint of train.py")
+    parser.add_argument("file", type=Path, help="file to write; with --hf, folder to make")
     try:
         args = parser.parse_args(argv)
         model = read(args)
         if args.file.exists():
-            raise UserError(f"{args.file}: is there already; choose another name")
+            raise UserError(f"{args.file}: exists already; choose another name")
         if args.hf:
             write_llama(model, args.file)
         else:
             save_file(model.state_dict(), args.file)
         params = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{args.file}: {params:,} parameters, in blocks {', '.join(model.blocks)}")
+        print(f"wrote {args.file}: {params:,} parameters, in blocks {', '.join(model.blocks)}")
     except UserError as error:
         parser.error(str(error))
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Print the --steps with which a worker computes as many FLOPs as one of dense training does in --steps.
+"""Print how many steps take a masked worker the FLOPs that --steps take a dense one.
 
 python -m scripts.flops --mask forward --finish 0.3 --steps 1000     # with the flags of train.py
 """
@@ -11,6 +11,7 @@ from support import costs, launch
 
 def main(argv=None):
     parser = train.make_parser()
+    parser.description = __doc__.splitlines()[0]
     args, saved = train.parse(argv, parser)
     try:
         plan = train.make_plan(args, saved, masks.assign)

@@ -1,31 +1,33 @@
-"""Print what machines send to each other in a step, and for how long, by formulas: python -m scripts.links"""
+"""Compute what machines send each other in a step, and how long it takes: python -m scripts.links"""
 
 from math import comb
 
 import torch
 
 from masks import UserError, holders_per_unit
-from model import SIZES, GPTConfig, build, units_of
+from model import GPTConfig, build, units_of
 from support.launch import at_least, make_parser, whole_numbers
+from support.presets import SIZES
 
 SCHEMES = ["DDP", "FSDP2", "HSDP", "none flat", "none two levels"]
 SCHEMES += [f"{m} {e}" for m in ("backward", "forward") for e in ("flat", "two levels", "by machine")]
-NOTES = """This is arithmetic, not a measurement. Overlap is not assumed.
-ratio: seconds of communication / seconds of computing. Above 1 the network decides.
-Computing: 6 P FLOPs for each of a GPU's {tokens:,} tokens, at {tflops:g} TFLOP/s; in forward masking times
-H, in backward masking times (2 + H) / 3. Values travel in bfloat16. Inside a machine that takes no time.
-A link is a GPU's own network card: it has 1/G of the machine's rate and bytes, in DDP and FSDP2 by G rings.
-none, backward, forward: SDP with that --mask. flat: one all_to_all. two levels: a hop across, one inside.
+NOTES = """These are formulas, not measurements. Communication and computing do not overlap.
+ratio: seconds of communication / seconds of computing. Above 1 the network is the bottleneck.
+computing: 6 P FLOPs for each of a GPU's {tokens:,} tokens, at {tflops:g} TFLOP/s; times H in forward masking,
+times (2 + H) / 3 in backward masking. Values are sent in bfloat16. Inside a machine this takes no time.
+link: a GPU's own network card, with 1/G of the machine's rate and bytes. DDP and FSDP2 use G rings.
+none, backward, forward: SDP with this --mask. flat: one all_to_all. two levels: one exchange between
+machines, one inside each.
 by machine: two levels, and all workers of a machine hold the same blocks."""
 FLAGS = (
-    ("--machines", at_least(2), 64, "M"),
-    ("--gpus", at_least(1), 8, "G of each machine, with a worker each: N = M G"),
-    ("--size", tuple(SIZES["gpt"]), "1b", "preset of the GPT's shape, see SIZES in model.py"),
-    ("--vocabulary", at_least(1), 50304, "tokens: 50304 of FineWeb, 256 of bytes"),
+    ("--machines", at_least(2), 64, "number of machines, M"),
+    ("--gpus", at_least(1), 8, "GPUs of each machine, G; each is a worker: N = M G"),
+    ("--size", tuple(SIZES["gpt"]), "1b", "preset of the GPT's shape, see support/presets.py"),
+    ("--vocabulary", at_least(1), 50304, "size of the vocabulary: 50304 for FineWeb, 256 for bytes"),
     ("--coverage", float, 0.5, "share C of the workers, or of the machines, that hold a block"),
-    ("--gbit", whole_numbers, "25,100,400", "Gbit/s that a machine sends, and receives at once"),
-    ("--tflops", at_least(0.001, float), 400.0, "10^12 FLOPs that a GPU achieves in a second"),
-    ("--tokens", at_least(1), 16384, "of each GPU in a step"),
+    ("--gbit", whole_numbers, "25,100,400", "network rates of a machine, in each direction, in Gbit/s"),
+    ("--tflops", at_least(0.001, float), 400.0, "TFLOP/s that a GPU achieves"),
+    ("--tokens", at_least(1), 16384, "tokens of each GPU in a step"),
     ("--plot", str, None, "draw the ratios into this .svg file (needs matplotlib)"),
 )
 

@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from masks import UserError
-from scripts.experiments import read_out
 from support.launch import make_parser
 
-FLAGS = (("--machines", bool, False, "step times of scripts.wire"), ("--out", str, "loss.svg", "figure"))
+FLAGS = (("--machines", bool, False, "times of results.wire"), ("--out", str, "loss.svg", "file to write"))
+CURVE_KEYS = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # of log.jsonl
+COST_KEYS = ("weight_bytes", "activation_bytes", "flops")  # of a worker in summary.json
 COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
-COSTS |= {
-    "sent_bytes": (1e9, "GB sent by a worker"),
-    "memory_bytes": (1e6, "MB: weights, activations"),
-}
+COSTS["sent_bytes"] = (1e9, "GB sent by a worker")
+COSTS["memory_bytes"] = (1e6, "MB: weights, activations")
 WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
 ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
 ENGINES |= {mask + way: mask + WAYS[way] for mask in ("backward", "forward") for way in WAYS}
@@ -22,10 +21,23 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
 STYLE |= {"lines.linewidth": 1, "lines.markersize": 3, "svg.fonttype": "none", "svg.hashsalt": "plot"}
 
 
+def read_out(out):
+    """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step.
+    memory_bytes leave out gradients and optimizer, as one process has those of all its workers. A run that
+    was given up, as nothing stayed finite, has no summary, and here no curve and costs."""
+    if not (out / "summary.json").exists():
+        return {"curve": [], "costs": {}, "memory_bytes": None}
+    summary = json.loads((out / "summary.json").read_text())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    curve = [{key: entry[key] for key in CURVE_KEYS} for entry in log if "val_loss" in entry]
+    costs = {key: float(np.mean([row[key] for row in summary["per_worker"]])) for key in COST_KEYS}
+    return {"curve": curve, "costs": costs, "memory_bytes": costs["weight_bytes"] + costs["activation_bytes"]}
+
+
 def read_run(path):
     """((arm, steps), seed or None in tuning, [validations, (val_loss, *COSTS)]); 0 is left out: None."""
     run = json.loads(path.read_text())
-    if path.name == "summary.json":  # of train.py; other files are of scripts.experiments
+    if path.name == "summary.json":  # of train.py; other files are of results.experiments
         run = {"arm": path.resolve().parent.name, "seed": run["config"]["seed"]} | read_out(path.parent)
     curve, seed = run["curve"], None if run.get("tuning") else run["seed"]
     curve[-1]["memory_bytes"] = run["memory_bytes"]  # only the last loss is drawn beside it
@@ -34,7 +46,7 @@ def read_run(path):
 
 
 def read_times(path):
-    """((Mbit/s, machines), seed, [step time of each of ENGINES, in parts of DDP's]), of scripts.wire."""
+    """((Mbit/s, machines), seed, [step time of each of ENGINES, in parts of DDP's]), of results.wire."""
     flags, arms = (json.loads(path.read_text())[key] for key in ("flags", "arms"))
     machines = f"{flags['machines']} machines of {flags['processes']} workers"
     return (flags["mbit"], machines), flags["seed"], [arms[each]["step_ms_vs_ddp"] for each in ENGINES]
@@ -47,13 +59,13 @@ def read_all(paths, read):
         try:
             group, seed, numbers = read(file)
         except (ValueError, LookupError, TypeError, IsADirectoryError) as error:
-            raise UserError(f"{file}: is no run of this kind, or has no validations") from error
+            raise UserError(f"{file}: is not a run of this kind, or has no validation") from error
         if seed in groups.get(group, {}):
-            raise UserError(f"{file}: repeats another run, with the same seed {seed}")
+            raise UserError(f"{file}: is the same run as another, with seed {seed}")
         if seed is not None:
             groups.setdefault(group, {})[seed] = numbers
     if not groups:
-        raise UserError(f"{paths[0]}: has only runs of tuning")
+        raise UserError(f"{paths[0]}: has only tuning runs")
     return {group: np.array(list(runs.values()), dtype=float) for group, runs in groups.items()}
 
 

@@ -61,7 +61,7 @@ def download(url, path):
 def prepare_fineweb(folder, shards, url=None):
     """Download a shard to validate on and `shards` to train on. Check every token. Raises UserError."""
     if shards > 103:
-        raise UserError(f"--shards {shards}: there are 103")
+        raise UserError(f"--shards {shards}: must be at most 103")
     url = (url or FINEWEB_URL).rstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("fineweb_val_000000.bin", *(f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1))):
@@ -132,7 +132,7 @@ def read_batch(content, path, source):
         labels = np.fromiter(batch[source.key], np.int64)
         data.check_images(images, labels, 32, source.classes)
     except (*data.DAMAGED, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: is no file of {source.archive} ({error!r}); delete it, try again") from None
+        raise UserError(f"{path}: is not a valid file of {source.archive} ({error!r}); delete it") from None
     return images, labels
 
 
@@ -143,7 +143,7 @@ def prepare_imagenet(src, out, size):
     side = size + size // 7  # 256 for 224
     train, val = class_folders(src / "train"), class_folders(src / "val")
     if not val.keys() <= train.keys():
-        raise UserError(f"--src {src}: val has the class {min(val.keys() - train)}, which train has not")
+        raise UserError(f"--src {src}: val has the class {min(val.keys() - train)}, but train does not")
     with new_arrays(out, size, side, train) as part:
         write_split(src, part, "train", train, list(train), side)
         write_split(src, part, "val", val, list(train), side)
@@ -157,7 +157,7 @@ def class_folders(folder):
             images[path.parent.name].append(path)
     empty = [name for name in images if not images[name]]
     if empty or not images:
-        raise UserError(f"--src: {folder} needs folders of JPEGs or PNGs; empty are {empty[:3]}")
+        raise UserError(f"--src: {folder} must have folders of JPEGs or PNGs; empty: {empty[:3]}")
     return images
 
 
@@ -180,7 +180,7 @@ def write_split(src, part, split, folders, classes, side):
     if lost:
         raise UserError(f"--src {src}: {split}/{min(lost)} has only broken images")
     np.save(part / f"{split}-labels.npy", np.searchsorted(classes, names).astype(np.int64))
-    print(f"{split}: {len(names):,} images of {len(folders)} classes, {len(paths) - len(names)} left out")
+    print(f"{split}: {len(names):,} images of {len(folders)} classes, {len(paths) - len(names)} skipped")
 
 
 def decode(path, side):
@@ -193,7 +193,7 @@ def decode(path, side):
             square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
             return np.asarray(square).transpose(2, 0, 1)  # to (3, side, side)
     except (*data.DAMAGED, Image.DecompressionBombError) as error:
-        tqdm.write(f"left out: {path}: {error!r}")
+        tqdm.write(f"skipped {path}: {error!r}")
 
 
 def main(arguments=None):
@@ -201,10 +201,12 @@ def main(arguments=None):
     parsers = parser.add_subparsers(dest="data", required=True, metavar="{cifar10,cifar100,imagenet,fineweb}")
     cifar10, cifar100, imagenet, fineweb = map(parsers.add_parser, (*CIFAR, "imagenet", "fineweb"))
     for command, folder in ((cifar10, "datasets"), (cifar100, "datasets"), (fineweb, "datasets/fineweb")):
-        command.add_argument("--data-dir", default=folder, help=f"folder (default: {folder})")
+        command.add_argument("--data-dir", default=folder, help=f"folder for the data (default: {folder})")
         command.add_argument("--data-url", help="a mirror (default: the official site)")
-    fineweb.add_argument("--shards", type=at_least(1), default=1, help="of 200 MB, at most 103 (default: 1)")
-    imagenet.add_argument("--src", required=True, help="folder with train/ and val/, each of class folders")
+    fineweb.add_argument(
+        "--shards", type=at_least(1), default=1, help="1 to 103 files of 200 MB (default: 1)"
+    )
+    imagenet.add_argument("--src", required=True, help="folder with train/ and val/, with a folder a class")
     imagenet.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     imagenet.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Go on with a text, by a GPT: python -m scripts.sample --out runs/a --prompt "import os" --seed 1"""
+"""Continue a text with a trained GPT: python -m scripts.sample --out runs/a --prompt "import os" --seed 1"""
 
 import codecs
 
@@ -20,25 +20,25 @@ def tokenizer(vocabulary):
     except ImportError:
         raise UserError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
     except OSError as error:
-        raise UserError(f"tiktoken cannot download GPT-2's tokens ({error}); go online once") from None
+        raise UserError(f"tiktoken cannot download GPT-2's tokens, as it does once ({error})") from None
     return gpt2.encode_ordinary, lambda t: gpt2.decode_single_token_bytes(t) if t < gpt2.n_vocab else b""
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of train.py, in place of --out")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of train.py, instead of --out")
     parser.add_argument("--out", help="folder of the run: its ckpt.pt is read")
-    parser.add_argument("--prompt", default="", help="the text to go on with (default: a new line)")
-    parser.add_argument("--tokens", type=at_least(1), default=200, help="how many to add (200)")
-    parser.add_argument("--temperature", type=at_least(0, float), default=0.8, help="0: the likeliest")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice (default: 0)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new line)")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="tokens to add (default: 200)")
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.8, help="0 = greedy (0.8)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random choices (default: 0)")
     args = parser.parse_args(argv)
     try:
         if bool(args.checkpoint) == bool(args.out):
-            raise UserError("--out: name the folder of a run, or in its place a checkpoint, not both")
+            raise UserError("--out: give the folder of a run or a checkpoint, and not both")
         model = load_model(args.checkpoint or args.out)
         if not isinstance(model.config, GPTConfig):
-            raise UserError(f"{args.checkpoint or args.out}: is no GPT; only a GPT goes on with a text")
+            raise UserError(f"{args.checkpoint or args.out}: is not a GPT; only a GPT can continue a text")
         encode, decode = tokenizer(model.config.vocabulary)
     except UserError as error:
         parser.error(str(error))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from masks import Unit, assign, holders_per_unit, roles
-from model import SIZES
 from scripts import links
 from scripts.links import SCHEMES, computing_seconds, held_share, sent_by_machine
+from support.presets import SIZES
 from support.processes import HERE
 
 LAYOUTS = [(2, 2), (2, 4), (4, 2)]  # (machines, GPUs of each)
@@ -130,7 +130,7 @@ def test_table(capsys):
         assert [float(cell) for cell in row[20:].split()] == pytest.approx(expected, rel=0.01)
         assert computing_seconds(scheme, params, held, 1000, 100) == pytest.approx(computing)
     notes = " ".join(lines[len(SCHEMES) :])
-    assert "arithmetic, not a measurement" in notes and "Overlap is not assumed" in notes
+    assert "formulas, not measurements" in notes and "do not overlap" in notes
     assert "1,000 tokens, at 100 TFLOP/s" in notes
 
 

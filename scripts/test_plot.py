@@ -23,7 +23,7 @@ def write(path, content):
 
 
 def write_run(path, losses, arm="dense", seed=0, tuning=False, memory=3e6):
-    """As scripts.experiments does: a validation every 10 steps, of 1 TFLOP and 2 GB each."""
+    """As results.experiments does: a validation every 10 steps, of 1 TFLOP and 2 GB each."""
     curve = [{"val_loss": loss, "val_accuracy": 0.1} for loss in losses]
     for step, entry in zip(range(10, 999, 10), curve):
         entry |= {"step": step, "flops": step * 1e12, "sent_bytes": step * 2e9}
@@ -45,7 +45,7 @@ def write_folder(path, losses, seed=0):
 
 
 def write_times(path, times, mbit=100, processes=2, seed=1):
-    """As scripts.wire does; times: of each engine, in parts of DDP's."""
+    """As results.wire does; times: of each engine, in parts of DDP's."""
     arms = {engine: {"step_ms": 99.0, "step_ms_vs_ddp": time} for engine, time in zip(ENGINES, times)}
     flags = {"machines": 2, "processes": processes, "mbit": mbit, "seed": seed, "arms": ENGINES}
     return write(path, {"torch": "2", "flags": flags, "arms": arms})
@@ -165,22 +165,22 @@ def bad_input(name, folder):
     if name == "missing":
         return folder / "nowhere", "No such file"
     if name == "empty folder":
-        return folder, "no run of this kind"
+        return folder, "not a run of this kind"
     if name == "stopped run":
         write_folder(folder / "a", [3.0])
         (folder / "a/summary.json").unlink()
-        return folder / "a", "no run of this kind"
+        return folder / "a", "not a run of this kind"
     if name == "not JSON":
         (folder / "a.json").write_text("step 3")
-        return folder / "a.json", "no run of this kind"
+        return folder / "a.json", "not a run of this kind"
     if name == "no validations":
-        return write_run(folder / "a.json", []), "no run of this kind"
+        return write_run(folder / "a.json", []), "not a run of this kind"
     if name == "only tuning":
-        return write_run(folder / "a.json", [3.0], tuning=True).parent, "only runs of tuning"
+        return write_run(folder / "a.json", [3.0], tuning=True).parent, "only tuning runs"
     if name == "same seed":
         write_run(folder / "a.json", [3.0])
-        return write_run(folder / "b.json", [2.0]).parent, "b.json: repeats another run"
-    return write_times(folder / "a.json", [1.0] * 10), "no run of this kind"
+        return write_run(folder / "b.json", [2.0]).parent, "b.json: is the same run as another"
+    return write_times(folder / "a.json", [1.0] * 10), "not a run of this kind"
 
 
 NAMES = (
@@ -208,9 +208,9 @@ def test_bad_times(tmp_path):
     good = write_times(tmp_path / "good.json", [1.0] * 10)
     short = write_times(tmp_path / "short.json", [1.0] * 9)
     for path in (write_run(tmp_path / "run.json", [3.0]), short):
-        with pytest.raises(UserError, match=f"{path}: is no run of this kind"):
+        with pytest.raises(UserError, match=f"{path}: is not a run of this kind"):
             plot.read_all([good, path], plot.read_times)
-    with pytest.raises(UserError, match="good.json: repeats another run"):
+    with pytest.raises(UserError, match="good.json: is the same run as another"):
         plot.read_all([good, good], plot.read_times)
 
 
@@ -232,9 +232,9 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
 def test_errors(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert "nowhere" in error_of(capsys, tmp_path / "nowhere")
-    assert "no run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
+    assert "not a run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
     path = write_run(tmp_path / "a.json", [3.0])
     assert "/nowhere/a.svg" in error_of(capsys, path, "--out", "/nowhere/a.svg")
     assert "--out a.png: must end in .svg" in error_of(capsys, path, "--out", "a.png")
-    assert "no run of this kind" in error_of(capsys, "--machines", path)
+    assert "not a run of this kind" in error_of(capsys, "--machines", path)
     assert "PATH" in error_of(capsys)

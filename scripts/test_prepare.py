@@ -157,14 +157,14 @@ BAD_BATCHES = {  # content of an official file, and what the line must say
     "labels": (official(IMAGES, [0, 1, 10]), "not those of 10 classes"),
     "labels below 0": (official(IMAGES, [0, 1, -1]), "not those of 10 classes"),
     "too few labels": (official(IMAGES, [0, 1]), "(2,) labels"),
-    "no images": (official(IMAGES[:0], []), "no file of cifar-10"),
+    "no images": (official(IMAGES[:0], []), "not a valid file of cifar-10"),
     "labels of another archive": (official(IMAGES, [0, 1, 2], b"fine_labels"), "labels"),
-    "no array": (pickle.dumps({b"data": b"x", b"labels": [1]}, 2), "no file of cifar-10"),
+    "no array": (pickle.dumps({b"data": b"x", b"labels": [1]}, 2), "not a valid file of cifar-10"),
     "an array of objects": (pickle.dumps({b"data": np.array([[]] * 3, object), b"labels": [1]}, 2), "bytes"),
-    "half a file": (official(IMAGES, [0, 1, 2])[:5000], "no file of cifar-10"),
-    "empty file": (b"", "no file of cifar-10"),
-    "text": (b"hello", "no file of cifar-10"),
-    "another pickle": (pickle.dumps([1, 2]), "no file of cifar-10"),
+    "half a file": (official(IMAGES, [0, 1, 2])[:5000], "not a valid file of cifar-10"),
+    "empty file": (b"", "not a valid file of cifar-10"),
+    "text": (b"hello", "not a valid file of cifar-10"),
+    "another pickle": (pickle.dumps([1, 2]), "not a valid file of cifar-10"),
     "a call": (b"cos\nsystem\n(S'touch /tmp/sdp-was-here'\ntR.", "os.system"),
     "nothing": (None, "No such file"),
 }
@@ -228,7 +228,7 @@ def test_imagenet_of_the_sample(tmp_path, capsys):
     (src / "train" / classes[1] / "broken.JPEG").write_bytes(b"not an image")
     prepare.prepare_imagenet(src, out, size=64)
     assert "broken.JPEG" in (printed := capsys.readouterr().out)
-    assert "24 images of 24 classes, 1 left out" in printed and len(list(out.iterdir())) == 5
+    assert "24 images of 24 classes, 1 skipped" in printed and len(list(out.iterdir())) == 5
     images = data.load("imagenet", out)
     assert isinstance(images.train, np.memmap) and images.train.shape == (24, 3, 73, 73)
     assert images.shape == {"classes": 24, "image": 64} and images.labels.tolist() == list(range(24))
@@ -282,8 +282,8 @@ BAD_COMMANDS = [  # what the one line must say
     ("imagenet --src /nowhere --out DIR/out", ["--src", "/nowhere/train"]),
     ("imagenet --src DIR --size 3", ["--size", "at least 16"]),
     ("imagenet --src DIR --size big", ["--size", "big"]),
-    ("imagenet --src DIR/no-val --out DIR/out", ["--src: DIR/no-val/val needs folders"]),
-    ("imagenet --src DIR/empty --out DIR/out", ["--src: DIR/empty/train needs folders", "empty are ['b']"]),
+    ("imagenet --src DIR/no-val --out DIR/out", ["--src: DIR/no-val/val must have folders"]),
+    ("imagenet --src DIR/empty --out DIR/out", ["--src: DIR/empty/train must have folders", "empty: ['b']"]),
     ("imagenet --src DIR/foreign --out DIR/out", ["val has the class c"]),
     ("imagenet --src DIR/broken --out DIR/out", ["train/a has only broken images"]),
     ("imagenet --src DIR/broken --out DIR/file", ["DIR/file"]),

@@ -18,7 +18,8 @@ import train
 from data import load
 from masks import Unit, UserError, assign, spectral_gap
 from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetConfig, build, units_of
-from scripts import export, sample, sweep
+from scripts import export, sample
+from scripts.alignment import cyclic
 from scripts.cut import check_coverage, choose, cut
 from scripts.export import load_model
 from support import evaluation
@@ -103,8 +104,8 @@ def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifa
     assert loss_of_weights(tmp_path / "weights", summary) == pytest.approx(loss, rel=0.02)
     write_images(tmp_path / "other" / "cifar10", train=15, test=3, side=16)
     assert "image" in error("evaluate", checkpoint, "--data-dir", tmp_path / "other")
-    assert "is no GPT" in error("sample", checkpoint)
-    assert "is for a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
+    assert "is not a GPT" in error("sample", checkpoint)
+    assert "needs a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
     line = said("evaluate", checkpoint, "--coverage", 1)  # with statistics estimated anew
     assert f"coverage 1: val_loss {loss:.4f} nats per image" in line and "100.0%" in line
     assert "--norm group" in error("export", checkpoint, tmp_path / "half", "--coverage", 0.5)
@@ -360,7 +361,7 @@ def test_masks_in_a_circle():
         units = [Unit(f"layer{k}", f"layer{k}", cost=3) for k in range(kinds) for _ in range(sizes[k])]
         fewest = -(-workers // min(sizes))  # holders with which every worker has a unit of each kind
         holders = int(rng.integers(min(workers, fewest), workers + 1))
-        mask = sweep.cyclic(units, workers, holders, seed=int(rng.integers(1000)))
+        mask = cyclic(units, workers, holders, seed=int(rng.integers(1000)))
         assert (mask.sum(axis=0) == holders).all()
         for kind in range(kinds):
             load_of_kind = mask[:, [unit.kind == f"layer{kind}" for unit in units]].sum(axis=1)
@@ -369,21 +370,16 @@ def test_masks_in_a_circle():
             assert (column & ~np.roll(column, 1)).sum() == (holders < workers)
     units = [Unit("unit", "unit", cost=1)] * 16
     share = np.abs(np.exp(2j * np.pi * np.arange(4) / 16).sum() / 4) ** 2  # 4 neighbours of 16
-    assert spectral_gap(sweep.cyclic(units, 16, 4)) == pytest.approx(1 - share)
+    assert spectral_gap(cyclic(units, 16, 4)) == pytest.approx(1 - share)
     assert spectral_gap(assign(units, 16, 4)) > 2.8 * (1 - share)
-    assert (sweep.cyclic(units, 16, 4) != sweep.cyclic(units, 16, 4, mask_number=1)).any()
+    assert (cyclic(units, 16, 4) != cyclic(units, 16, 4, mask_number=1)).any()
 
 
-@slow
-def test_sweep_and_training_in_a_circle(said, tmp_path):
-    first, *rows = (line.split() for line in said("sweep").splitlines())
-    assert len(rows) == 10 and first[-3:] == ["C", "=", "1"] and all(row[-1] == "1.000" for row in rows)
-    gaps = {(int(row[0]), row[1]): row[2:] for row in rows}
-    assert gaps[16, "cyclic"][1] == "0.179" and float(gaps[16, "random"][1]) > 0.5  # C = 1/4
+def test_training_with_masks_in_a_circle(alone, tmp_path):
     flags = [*TINY, "--workers", "8", "--coverage", "0.25", "--steps", "1"]
     with pytest.raises(UserError, match="--coverage"):
-        sweep.cyclic([Unit("block", "block", cost=1)] * 3, workers=8, holders=2)
-    train.main([*flags, "--units", "neuron", "--out", str(tmp_path)], assign=sweep.cyclic)
+        cyclic([Unit("block", "block", cost=1)] * 3, workers=8, holders=2)
+    train.main([*flags, "--units", "neuron", "--out", str(tmp_path)], assign=cyclic)
     assert read_summary(tmp_path)["spectral_gap"] < 0.4
 
 
@@ -397,7 +393,7 @@ BAD_COMMANDS = [  # what the one line must say
     ("sample CKPT --temperature nan", "--temperature: 'nan': must be a finite number of at least 0"),
     ("sample CKPT --seed x", "--seed: 'x': must be a whole number"),
     ("export CKPT", "file"),
-    ("export CKPT CKPT", "ckpt.pt: is there already; choose another name"),
+    ("export CKPT CKPT", "ckpt.pt: exists already; choose another name"),
     ("export CKPT /dev/null/x", "/dev/null/x: cannot be written"),
     ("export CKPT /dev/null/x --hf", "/dev/null/x: cannot be written"),
     ("evaluate CKPT --data-dir /nowhere", "--data-dir /nowhere"),
@@ -411,8 +407,6 @@ BAD_COMMANDS = [  # what the one line must say
     ("export CKPT /dev/null/x --hf --coverage 0.5 --units neuron --keep 0", "use --keep none with --hf"),
     ("export CKPT /dev/null/x --hf --coverage 0.75 --units neuron", "3 heads, which do not divide"),
     ("flops --mask none --finish 0.5", "--finish 0.5: is for --mask forward"),
-    ("sweep --count 0", "--count"),
-    ("sweep --seed -1", "--seed"),
 ]
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import model as models
 from masks import UserError
-from model import GROUPS, SIZES, GPTConfig, ResNetConfig, ViTConfig, build, shared_blocks, units_of
+from model import GROUPS, GPTConfig, ResNetConfig, ViTConfig, build, units_of
 from support import costs
 from support.evaluation import estimate_statistics
+from support.presets import SIZES, shared_blocks
 from test_sdp import SMALL, SMALL_RESNET, SMALL_VIT, assert_close, batch, dense_model, each_model
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -153,23 +154,21 @@ def test_model_resnet_is_the_standard_one(image):
 
 
 def test_drop_path_skips_rows_of_branches():
-    """A GPT whose branches are skipped in all rows is its embedding and head; the mean is unbiased."""
+    """A row of the batch has the whole of a branch, divided by 1 - drop_path, or nothing of it."""
     config = dataclasses.replace(SMALL, drop_path=0.25)
     dense, (x, _) = dense_model(config), torch.randint(0, 50, (2, 1000, 8))
     first = dense.blocks["0"]
     embedded = dense.embedding(x)
     rotation = models.rotary(8, config.width // config.heads, embedded)
-    scale = torch.where(torch.arange(1000) % 4 == 0, 0.0, 4 / 3).double()
-    y = first(embedded, rotation, scale, torch.zeros(1000).double())
-    attention = first.attention(first.norm1(embedded), rotation)
-    torch.testing.assert_close(y, embedded + attention * scale[:, None, None])
+    with torch.no_grad():
+        first.mlp.down.zero_()  # what the second branch adds
     torch.manual_seed(0)
-    seen = []
-    hook = first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
-    dense(x)
-    hook.remove()
-    assert set(seen[0].tolist()) == {0, 1 / 0.75} and 200 < (seen[0] == 0).sum() < 300  # 250 on average
-    torch.testing.assert_close(dense.eval()(x), dense_model()(x))
+    added = first(embedded, rotation) - embedded
+    attention = first.attention(first.norm1(embedded), rotation)
+    skipped = (added == 0).all(dim=(1, 2))
+    assert 200 < skipped.sum() < 300  # of 1000; 250 on average
+    torch.testing.assert_close(added, attention / 0.75 * ~skipped[:, None, None])
+    torch.testing.assert_close(dense_model(config).eval()(x), dense_model()(x))
 
 
 @pytest.mark.parametrize("config, places", [(SMALL, 1 + 3 * SMALL.layers), (SMALL_RESNET, 1)])
@@ -248,6 +247,6 @@ def test_masks_leave_shared_blocks_out():
     for keep in ("strided", "6", "-1", "a", "0,", "0,1,2,3,4,5"):
         with pytest.raises(UserError, match="--keep"):
             shared_blocks(keep, gpt)
-    units = {kind: units_of(resnet, kind, {0, 2, 4, 6}) for kind in ("block", "neuron")}
+    units = {level: units_of(resnet, level, {0, 2, 4, 6}) for level in ("block", "neuron")}
     assert [unit.layer for unit in units["block"]] == [f"blocks.{i}.branch" for i in (1, 3, 5, 7)]
     assert {unit.layer for unit in units["neuron"]} == {f"blocks.{i}.branch.0" for i in (1, 3, 5, 7)}

@@ -1,4 +1,4 @@
-"""Count what machines send to each other on the wire, by the flags of train.py: python -m scripts.wire"""
+"""Count what machines send to each other on the wire, by the flags of train.py: python -m results.wire"""
 
 import json
 import os
@@ -55,7 +55,7 @@ def start_machine(number, hub, args):
     command = f"ip netns exec {name} env GLOO_SOCKET_IFNAME={DEVICE} TORCH_CPP_LOG_LEVEL=ERROR".split()
     command += "LOGLEVEL=CRITICAL unshare --pid --kill-child --mount-proc".split() + [sys.executable]
     command += f"-m torch.distributed.run --nnodes {args.machines} --nproc-per-node {args.processes}".split()
-    command += f"--node-rank {number} --master-addr 10.77.0.1 --local-addr {address} -m scripts.wire".split()
+    command += f"--node-rank {number} --master-addr 10.77.0.1 --local-addr {address} -m results.wire".split()
     command += [*sys.argv[1:], "--arms", ",".join(args.arms)]
     return subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ}, start_new_session=True)
 
@@ -132,7 +132,7 @@ def main():
     try:
         for flag in ("mask", "assign", "workers", "resume", "resample", "finish", "epochs", "device"):
             if getattr(args, flag) != parser.get_default(flag):
-                raise UserError(f"--{flag} {getattr(args, flag)}: is not for scripts.wire; leave it out")
+                raise UserError(f"--{flag} {getattr(args, flag)}: is not for results.wire; leave it out")
         if set(args.arms) - set(ARMS.split(",")):
             raise UserError(f"--arms {','.join(args.arms)}: must be of {ARMS}")
         args.workers, args.dtype = args.machines * args.processes, args.dtype or "float32"

@@ -15,7 +15,7 @@ import torch
 
 import train
 from masks import UserError, assign
-from scripts import wire
+from results import wire
 from support.processes import Launched
 
 pytest_plugins = ["support.testing", "support.processes"]
@@ -44,7 +44,7 @@ needs_machines = pytest.mark.skipif(NO_MACHINES is not None, reason=str(NO_MACHI
 
 
 def start(folder, *flags):
-    return Launched(folder, 0, "scripts.wire", *SHAPE, *flags, program="-m")
+    return Launched(folder, 0, "results.wire", *SHAPE, *flags, program="-m")
 
 
 def namespaces(run):

@@ -1,4 +1,4 @@
-"""Run the arms of an experiment, and print its table: python -m scripts.experiments repeated --jobs 2
+"""Run the arms of an experiment, and print its table: python -m results.experiments repeated --jobs 2
 
 An arm is tuned first: in each of its rounds, flags are tried on top of the best so far, with one seed and one
 text to validate. The best flags of all then run with three seeds, and are validated on a second text, which
@@ -26,13 +26,12 @@ import torch
 from data import ARRAYS, LEFT_OUT, load, read_images
 from masks import UserError
 from scripts.export import load_model
+from scripts.plot import COST_KEYS, read_out
 from scripts.prepare import new_arrays
 from support.launch import at_least, make_parser
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)  # of the runs that choose flags, and of those that are reported
 TRAIN = Path(__file__).parents[1] / "train.py"
-CURVE_KEYS = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # of log.jsonl
-COST_KEYS = ("weight_bytes", "activation_bytes", "flops")  # of a worker in summary.json
 
 
 class Arm(NamedTuple):
@@ -217,19 +216,6 @@ def versions():
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
     return found | {"torch": torch.__version__, "python": platform.python_version()}
-
-
-def read_out(out):
-    """The curve of a run, and what a worker costs, the mean over the workers: bytes, and FLOPs of a step.
-    memory_bytes leave out gradients and optimizer, as one process has those of all its workers. A run that
-    was given up, as nothing stayed finite, has no summary, and here no curve and costs."""
-    if not (out / "summary.json").exists():
-        return {"curve": [], "costs": {}, "memory_bytes": None}
-    summary = json.loads((out / "summary.json").read_text())
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    curve = [{key: entry[key] for key in CURVE_KEYS} for entry in log if "val_loss" in entry]
-    costs = {key: float(np.mean([row[key] for row in summary["per_worker"]])) for key in COST_KEYS}
-    return {"curve": curve, "costs": costs, "memory_bytes": costs["weight_bytes"] + costs["activation_bytes"]}
 
 
 def scores(experiment, result):

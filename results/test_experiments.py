@@ -11,8 +11,8 @@ import torch
 import train
 from data import ARRAYS, read_images
 from masks import UserError
-from scripts import experiments
-from scripts.experiments import EXPERIMENTS, Arm, Experiment
+from results import experiments
+from results.experiments import EXPERIMENTS, Arm, Experiment
 from scripts.export import load_model
 from scripts.prepare import new_arrays
 from support.processes import HERE
