@@ -29,11 +29,12 @@ import masks
 from data import KINDS, load, load_batches
 from masks import UserError
 from model import CONFIGS, build, initial_value, units_of
-from sdp import SDP, PeerLost, peers
+from sdp import SDP
 from support import checkpoint, costs, launch, report
 from support.evaluation import evaluate, whole_model
 from support.launch import at_least, whole_numbers
-from support.machines import Machines, spread
+from support.machines import make_layout, spread
+from support.peers import PeerLost, peers
 from support.presets import preset, shared_blocks
 
 PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
@@ -225,7 +226,7 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
     """The engine for a plan, with the values of its checkpoint, if there is one."""
     args = plan.args
     weights = [rows * args.workers / sum(args.rows) for rows in args.rows]
-    layout = Machines(machines, timedelta(seconds=args.timeout), args.capacity)
+    layout = make_layout(machines, timedelta(seconds=args.timeout), args.capacity)
 
     def build_units(units):
         model = build(plan.whole.config, units)

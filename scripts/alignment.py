@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 import train
 from masks import UserError, assign
-from sdp import add_up
 from support.launch import at_least, make_parser
+from support.peers import add_up
 
 
 def cyclic(units, workers, holders, seed=0, mask_number=0):

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from sdp import add_up
 from support.costs import ring_half
+from support.peers import add_up
 
 
 def local_shard(tensor):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from masks import UserError
-from sdp import peers
+from support.peers import peers
 
 HEARTBEAT = "step of rank {}"  # a key of the store
 
