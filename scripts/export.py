@@ -1,15 +1,21 @@
-"""Write the weights of a checkpoint as a plain state dict: python -m scripts.export runs/a/ckpt.pt weights.pt
+"""Write the weights of a checkpoint for other programs.
 
-model.build(config) loads it. With --coverage 0.5 it has a random half of the units, for
-model.build(config, {layer: (count, 0)}).
+python -m scripts.export runs/a/ckpt.pt weights.pt      # a state dict, as model.build(config) loads it
+python -m scripts.export runs/a/ckpt.pt folder --hf     # of a GPT: for transformers' LlamaForCausalLM
+
+With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama.
 """
 
+import json
+import tempfile
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from masks import UserError
-from model import BatchNorm, build
+from model import BatchNorm, GPTConfig, build
 from scripts.cut import check_coverage, choose, cut, units_to_cut
 from support import checkpoint
 from support.checkpoint import save_file
@@ -39,7 +45,63 @@ def read(args):
     if units and any(isinstance(module, BatchNorm) for module in model.modules()):
         why = "the batch norms of a cut ResNet need statistics from data"
         raise UserError(f"--coverage: {why}; export a whole one, or one trained with --norm group")
+    if args.hf and not isinstance(model.config, GPTConfig):
+        raise UserError("--hf: needs a GPT, but the checkpoint has another model")
     return model
+
+
+def describe_llama(model):
+    """transformers' config.json, a dictionary. Raises UserError where a Llama cannot have this shape."""
+    config, blocks = model.config, list(model.blocks.values())
+    if len({(block.attention.q.shape, block.mlp.up.shape) for block in blocks}) > 1:
+        raise UserError("--keep: all layers of a Llama have the same shape; use --keep none with --hf")
+    head_width = blocks[0].attention.head_width
+    heads, hidden = len(blocks[0].attention.q) // head_width, len(blocks[0].mlp.up)
+    if config.width % heads:  # transformers 5 refuses it, also with a head_dim
+        raise UserError(f"--coverage: leaves {heads} heads, which do not divide --width; try another")
+    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    about |= {"hidden_size": config.width, "intermediate_size": hidden, "head_dim": head_width}
+    about |= {"num_hidden_layers": len(blocks), "num_attention_heads": heads}
+    about |= {"vocab_size": config.vocabulary, "max_position_embeddings": config.context}
+    about |= {"bos_token_id": None, "eos_token_id": None, "torch_dtype": "float32", "rms_norm_eps": 1e-5}
+    return about
+
+
+def llama_weights(model):
+    """{name in transformers: tensor}. The scale of a branch with absent units goes into its weights."""
+    state = {"model.embed_tokens.weight": model.embedding.weight}
+    state |= {"model.norm.weight": model.head.norm.weight, "lm_head.weight": model.head.weight}
+    for number, block in enumerate(model.blocks.values()):  # without gaps, where blocks are absent
+        layer = f"model.layers.{number}"
+        state[f"{layer}.input_layernorm.weight"] = block.norm1.weight
+        state[f"{layer}.post_attention_layernorm.weight"] = block.norm2.weight
+        for name, branch in (("self_attn", block.attention), ("mlp", block.mlp)):
+            for key, weight in branch.named_parameters():
+                weight = weight.T * branch.scale if key in ("o", "down") else weight
+                state[f"{layer}.{name}.{key}_proj.weight"] = weight
+    return {name: weight.detach().contiguous() for name, weight in state.items()}
+
+
+def write_llama(model, path):
+    """Write a folder, whole or not at all: with model.safetensors where safetensors is installed, else with
+    pytorch_model.bin. Raises UserError, OSError, or torch's writer RuntimeError."""
+    about, weights = describe_llama(model), llama_weights(model)
+    tokens = "bytes, 0 to 255: bytes(tokens) is the text"
+    if model.config.vocabulary != 256:
+        tokens = 'those of GPT-2: transformers.AutoTokenizer.from_pretrained("gpt2")'
+    with tempfile.TemporaryDirectory(dir=path.parent) as part:
+        folder = Path(part, "llama")
+        folder.mkdir()
+        if find_spec("safetensors"):
+            content = import_module("safetensors.torch").save(weights, {"format": "pt"})
+            (folder / "model.safetensors").write_bytes(content)
+        else:
+            save_file(weights, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        (folder / "README.md").write_text(
+            f"A GPT for transformers' LlamaForCausalLM. Its tokens are {tokens}.\n"
+        )
+        folder.rename(path)
 
 
 def main(argv=None):
@@ -47,15 +109,19 @@ def main(argv=None):
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
     flags.append(("--coverage", check_coverage, None, "write a random subnetwork, this share of units"))
     flags.append(("--seed", at_least(0), 0, "of the random subnetwork"))
+    flags.append(("--hf", bool, False, "write a GPT as a folder for transformers' LlamaForCausalLM"))
     parser = make_parser(__doc__.splitlines()[0], flags)
     parser.add_argument("checkpoint", help="a checkpoint of train.py")
-    parser.add_argument("file", type=Path, help="file to write")
+    parser.add_argument("file", type=Path, help="file to write; with --hf, folder to make")
     try:
         args = parser.parse_args(argv)
         model = read(args)
         if args.file.exists():
             raise UserError(f"{args.file}: exists already; choose another name")
-        save_file(model.state_dict(), args.file)
+        if args.hf:
+            write_llama(model, args.file)
+        else:
+            save_file(model.state_dict(), args.file)
         params = sum(parameter.numel() for parameter in model.parameters())
         print(f"wrote {args.file}: {params:,} parameters, in blocks {', '.join(model.blocks)}")
     except UserError as error:

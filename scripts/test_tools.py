@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib
+import importlib.util
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import train
 from data import load
 from masks import Unit, UserError, assign, spectral_gap
 from model import CONFIGS, Block, Branch, Convolutions, ResidualBranch, ResNetConfig, build, units_of
-from scripts import sample
+from scripts import export, sample
 from scripts.alignment import cyclic
 from scripts.cut import check_coverage, choose, cut
 from scripts.export import load_model
@@ -103,6 +105,7 @@ def test_a_resnet_has_the_loss_that_was_logged(said, error, tmp_path, small_cifa
     write_images(tmp_path / "other" / "cifar10", train=15, test=3, side=16)
     assert "image" in error("evaluate", checkpoint, "--data-dir", tmp_path / "other")
     assert "is not a GPT" in error("sample", checkpoint)
+    assert "needs a GPT" in error("export", checkpoint, tmp_path / "llama", "--hf")
     line = said("evaluate", checkpoint, "--coverage", 1)  # with statistics estimated anew
     assert f"coverage 1: val_loss {loss:.4f} nats per image" in line and "100.0%" in line
     assert "--norm group" in error("export", checkpoint, tmp_path / "half", "--coverage", 0.5)
@@ -207,17 +210,86 @@ def test_what_is_cut_follows_from_the_training(tmp_path, trained, trained_with, 
     assert [len(weights[name]) for name in weights if name.endswith("attention.q")] == rows
 
 
+def llama_logits(folder, x):
+    """What transformers' LlamaForCausalLM computes of the files in a folder, here in float64."""
+    about = json.loads((folder / "config.json").read_text())
+    if (folder / "model.safetensors").exists():
+        saved = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
+    else:
+        saved = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    weights = {name.removesuffix(".weight"): weight.double() for name, weight in saved.items()}
+    heads, size = about["num_attention_heads"], about["head_dim"]
+    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+
+    def norm(h, name):
+        return F.rms_norm(h, (about["hidden_size"],), weights.pop(name), about["rms_norm_eps"])
+
+    def project(h, name):
+        return F.linear(h, weights.pop(name))
+
+    def turn(q):  # as complex numbers
+        turned = torch.complex(*q.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    h = weights.pop("model.embed_tokens")[x]
+    for layer in (f"model.layers.{i}" for i in range(about["num_hidden_layers"])):
+        y = norm(h, f"{layer}.input_layernorm")
+        q, k, v = (project(y, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+        q, k, v = (part.unflatten(2, (heads, size)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        h = h + project(y.transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
+        y = norm(h, f"{layer}.post_attention_layernorm")
+        gate, up = (project(y, f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))
+        assert gate.shape[-1] == about["intermediate_size"]
+        h = h + project(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    logits = project(norm(h, "model.norm"), "lm_head")
+    assert not weights  # nothing is left over
+    return logits
+
+
+LLAMAS = {"whole": (1, "neuron", 4), "neuron": (0.6, "neuron", 2), "block": (0.5, "block", 4)}
+
+
+@pytest.mark.parametrize("coverage, kind, heads", LLAMAS.values(), ids=LLAMAS)
+def test_an_export_is_a_llama(tmp_path, trained, monkeypatch, coverage, kind, heads):
+    if coverage < 1:  # the whole one is written by safetensors, where it is installed
+        monkeypatch.setattr(export, "find_spec", lambda name: None)
+    flags = [] if coverage == 1 else ["--coverage", f"{coverage}", "--units", kind, "--seed", "2"]
+    run("export", trained / "ckpt.pt", tmp_path / "llama", "--hf", *flags)
+    dense = load_model(trained / "ckpt.pt")
+    units = units_of(dense, kind)
+    part = cut(dense, units, choose(units, coverage, seed=2)).double()
+    assert list(part.blocks) == (["1"] if kind == "block" else ["0", "1"])
+    assert json.loads((tmp_path / "llama" / "config.json").read_text())["num_attention_heads"] == heads
+    assert "Its tokens are bytes" in (tmp_path / "llama" / "README.md").read_text()
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32)))
+    torch.testing.assert_close(llama_logits(tmp_path / "llama", x), part(x), rtol=1e-5, atol=1e-5)
+    if importlib.util.find_spec("transformers"):
+        from transformers import LlamaForCausalLM
+
+        llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").double()
+        with torch.no_grad():  # transformers rotates in float32
+            torch.testing.assert_close(llama(x).logits, part(x), rtol=1e-5, atol=1e-5)
+
+
 # ---- files, and texts
 
 
-def test_an_export_is_whole_or_not_there(monkeypatch, error, tmp_path, trained):
+@pytest.mark.parametrize("hf", [[], ["--hf"]], ids=["file", "folder"])
+def test_an_export_is_whole_or_not_there(monkeypatch, error, tmp_path, trained, hf):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)  # no safetensors
+    run("export", trained / "ckpt.pt", tmp_path / "good", *hf)
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == (["README.md", "config.json", "good", "pytorch_model.bin"] if hf else ["good"])
+
     def fail(content, file):
         file.write(b"the beginning")
         raise RuntimeError("no space left\non device")  # as torch's writer does
 
     monkeypatch.setattr(torch, "save", fail)
-    assert "no space left on device" in error("export", trained / "ckpt.pt", tmp_path / "bad")
-    assert list(tmp_path.iterdir()) == []
+    assert "no space left on device" in error("export", trained / "ckpt.pt", tmp_path / "bad", *hf)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == names
 
 
 def test_samples(said, trained):
@@ -323,6 +395,7 @@ BAD_COMMANDS = [  # what the one line must say
     ("export CKPT", "file"),
     ("export CKPT CKPT", "ckpt.pt: exists already; choose another name"),
     ("export CKPT /dev/null/x", "/dev/null/x: cannot be written"),
+    ("export CKPT /dev/null/x --hf", "/dev/null/x: cannot be written"),
     ("evaluate CKPT --data-dir /nowhere", "--data-dir /nowhere"),
     ("evaluate CKPT --eval-batches 0", "--eval-batches"),
     ("evaluate CKPT --batch-size x", "--batch-size"),
@@ -331,6 +404,8 @@ BAD_COMMANDS = [  # what the one line must say
     ("evaluate CKPT --units neuron", "add it, such as --coverage 0.5"),
     ("export CKPT /dev/null/x --coverage 1.5", "--coverage 1.5: must be above 0 and at most 1"),
     ("export CKPT /dev/null/x --coverage 0.5 --keep 2", "--keep 2: use none, ends"),
+    ("export CKPT /dev/null/x --hf --coverage 0.5 --units neuron --keep 0", "use --keep none with --hf"),
+    ("export CKPT /dev/null/x --hf --coverage 0.75 --units neuron", "3 heads, which do not divide"),
     ("flops --mask none --finish 0.5", "--finish 0.5: is for --mask forward"),
 ]
 

@@ -48,35 +48,6 @@ def test_model_of_text_is_causal_and_sees_positions():
     assert not torch.allclose(model(same)[0, -1], model(swapped)[0, -1])
 
 
-def test_model_of_text_is_a_llama():
-    """Against LLaMA's formulas, with rotations as of complex numbers."""
-    dense, (x, _) = dense_model(), batch(0)
-    weights, size = dict(dense.named_parameters()), SMALL.width // SMALL.heads
-    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
-
-    def norm(h, name):
-        return F.rms_norm(h, (SMALL.width,), weights.pop(f"{name}.weight"), 1e-5)
-
-    def turn(q):
-        turned = torch.complex(*q.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat([turned.real, turned.imag], dim=-1)
-
-    h = weights.pop("embedding.weight")[x]
-    for block in (f"blocks.{i}" for i in range(SMALL.layers)):
-        y = norm(h, f"{block}.norm1")
-        q, k, v = (F.linear(y, weights.pop(f"{block}.attention.{name}")) for name in "qkv")
-        q, k, v = (part.unflatten(2, (-1, size)).transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
-        h = h + y.transpose(1, 2).flatten(2) @ weights.pop(f"{block}.attention.o")
-        y = norm(h, f"{block}.norm2")
-        gate, up, down = (weights.pop(f"{block}.mlp.{name}") for name in ("gate", "up", "down"))
-        h = h + (F.silu(F.linear(y, gate)) * F.linear(y, up)) @ down
-    logits = F.linear(norm(h, "head.norm"), weights.pop("head.weight"))
-    assert not weights  # nothing is left over
-    torch.testing.assert_close(dense(x), logits, rtol=1e-5, atol=1e-5)  # the model rotates by float32
-
-
 def test_model_of_images_looks_both_ways_and_takes_the_mean():
     dense, (x, _) = dense_model(SMALL_VIT), batch(0, config=SMALL_VIT)
     tokens = torch.randn(1, 5, 16, dtype=torch.float64)
