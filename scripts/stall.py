@@ -26,13 +26,13 @@ FLAGS = (
     ("--workers", at_least(2), 4, "workers, each a process"),
     ("--layers", at_least(1), 12, "transformer blocks"),
     ("--coverage", at_least(0, float), 0.5, "share of the workers that hold a unit"),
-    ("--milliseconds", at_least(1), 30, "that a whole block sleeps for each third of a pass"),
+    ("--milliseconds", at_least(1), 30, "that a whole block sleeps for each third of a step"),
     ("--steps", at_least(1), 3, "steps of each scheme, after one to warm up"),
 )
 
 
 class OneAtATime(Layout):
-    """The engine with one pull and one push under way."""
+    """With one pull and one push under way."""
 
     def exchanges_at_once(self, has):
         return 1
@@ -51,26 +51,22 @@ class Sleep(torch.autograd.Function):
         return gradient, None, None
 
 
-def seconds_of(block, whole, unit):
-    """(forward, backward) seconds of a worker's part of a block."""
-    params = sum(p.numel() for p in block.parameters())
-    trained = sum(p.numel() for p in block.parameters() if p.requires_grad)
-    return params / whole * unit, (params + trained) / whole * unit
-
-
-def build_asleep(config, unit, units):
-    """As model.build, with blocks that sleep."""
-    model = build(config, units)
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in build(config).blocks["0"].parameters())
+def build_asleep(config, third, units):
+    """As model.build, with blocks that sleep so many seconds for each third of a step."""
+    model, whole = build(config, units), build(config).blocks["0"]
+    model.seconds = 0.0
     for block in model.blocks.values():
-        seconds = seconds_of(block, whole, unit)
+        weights = [(p.numel(), p.requires_grad) for p in block.parameters()]
+        unit = third / sum(p.numel() for p in whole.parameters())
+        forward = unit * sum(size for size, _ in weights)
+        backward = forward + unit * sum(size for size, is_trained in weights if is_trained)
+        seconds = forward, backward
         block.register_forward_hook(lambda block, x, y, seconds=seconds: Sleep.apply(y, *seconds))
-        block.seconds = sum(seconds)
+        model.seconds += forward + backward
     return model
 
 
-def turn_seconds(engine, config, steps):
+def time_turns(engine, config, steps):
     """(median duration of a turn, own computing of the worker that computes most), in seconds."""
     durations, (worker,) = [], engine.workers
     for _ in range(1 + steps):
@@ -80,33 +76,29 @@ def turn_seconds(engine, config, steps):
             model(*example(config, rows=1)).backward()
         durations.append(time.perf_counter() - began)
         engine.step(1e-3)
-    own = torch.tensor(sum(block.seconds for block in model.blocks.values()))
-    longest = torch.tensor(median(durations[1:]))
-    for number in (own, longest):
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return longest.item(), own.item()
+    most = torch.tensor([median(durations[1:]), model.seconds])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def measure(args):
     """Yields (mode, level, own computing / dense, [turn / own computing of each way]) on each process."""
     config = GPTConfig(layers=args.layers, width=32, heads=4, hidden=64, context=8)
-    sleeping = partial(build_asleep, config, args.milliseconds / 1e3)
-    dense = 3 * args.layers * args.milliseconds / 1e3
-    first, holders = partial(initial_value, seed=0), holders_per_unit(args.coverage, args.workers)
+    third, holders = args.milliseconds / 1e3, holders_per_unit(args.coverage, args.workers)
+    common = partial(initial_value, seed=0), torch.optim.AdamW
     for mode, level in SCHEMES:
-        with torch.device("meta"):
-            units = units_of(build(config), level)
-        even = assign(units, args.workers, holders)
-        ways = [(even, Layout()), (even, OneAtATime())]
+        units = units_of(build(config), level)
+        mask, ratios = assign(units, args.workers, holders), []
+        ways = [(mask, Layout()), (mask, OneAtATime())]
         if level == "block":  # heads and neurons are even within each layer anyway
-            uneven = even[:, np.random.default_rng(0).permutation(len(units))]
+            uneven = mask[:, np.random.default_rng(0).permutation(len(units))]
             ways.append((uneven, OneAtATime()))
-        ratios = []
-        for mask, layout in ways:
-            engine = SDP(sleeping, first, torch.optim.AdamW, units, mask, mode, layout=layout)
-            turn, own = turn_seconds(engine, config, args.steps)
+        for dealt, layout in ways:
+            asleep = partial(build_asleep, config, third)
+            engine = SDP(asleep, *common, units, dealt, mode, layout=layout)
+            turn, own = time_turns(engine, config, args.steps)
             ratios.append(turn / own)
-        yield mode, level, own / dense, ratios
+        yield mode, level, own / (3 * third * args.layers), ratios
 
 
 def run(rank, args, meeting):
@@ -116,8 +108,8 @@ def run(rank, args, meeting):
     dist.init_process_group("gloo", rank=rank, world_size=args.workers, store=store)
     for mode, level, own, ratios in measure(args):
         if rank == 0:
-            numbers = "".join(f"{ratio:>14.2f}" for ratio in ratios)
-            print(f"{mode:<10}{level:<8}{own:>14.2f}{numbers}", flush=True)
+            numbers = "".join(f"{number:>14.2f}" for number in (own, *ratios))
+            print(f"{mode:<10}{level:<8}{numbers}", flush=True)
     dist.destroy_process_group()
 
 
