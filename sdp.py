@@ -7,7 +7,7 @@ Each parameter has one *owner*, a process, whatever the masks. A step is
     push    workers send each gradient to its owner, who adds it up over the workers that train it
     step    owners divide by the number of those workers, clip, and update what they own
 
-Pull and push are all_to_alls, layer by layer; no activation moves. A whole program, on one process:
+Pull and push are all_to_alls, layer by layer. No activation moves. A whole program, on one process:
 
     from functools import partial
     import torch, torch.distributed as dist
@@ -29,8 +29,7 @@ Pull and push are all_to_alls, layer by layer; no activation moves. A whole prog
 A *bucket* is one layer's parameters, end to end. A *chunk* is a unit's share of one parameter, or a parameter
 without units; a *run* is chunks side by side. A *slice* is what a process owns of a bucket, a *piece* what it
 owns of one parameter. A *part* is what a worker has of a bucket. A *route* leads from owners to workers.
-Here a bucket has a norm (3 values, shared) and a matrix of 2 units (4 values each). Worker 0, on process 0,
-holds unit 0; worker 1, on process 1, holds unit 1; with forward masking they read no more:
+Below, a norm has 3 values, and a matrix 4 for each of 2 units. Worker r holds unit r, and reads no more:
 
     value           0  1  2  3  4  5  6  7  8  9 10    chunk_edges    0 3 7 11
     unit           -1 -1 -1  0  0  0  0  1  1  1  1    unit_of_chunk  -1 0 1    (-1: all workers have it)
@@ -43,7 +42,7 @@ holds unit 0; worker 1, on process 1, holds unit 1; with forward masking they re
 
 import math
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise, zip_longest
@@ -53,36 +52,8 @@ import torch
 import torch.distributed as dist
 
 from masks import columns, roles
+from support.chunks import by_bucket, chunks_of, count_units, owned_parts, runs, runs_of_equal
 from support.peers import add_up, exchange
-
-
-def by_bucket(model):
-    """{bucket: {name: parameter}}: "blocks.3.mlp.up" is in "blocks.3", "embedding.weight" in "embedding"."""
-    buckets = defaultdict(dict)
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        buckets[".".join(words[: 2 if words[0] == "blocks" else 1])][name] = parameter
-    return buckets
-
-
-def chunks_of(parameters, units_of_layer):
-    """A bucket's chunks, as two lists: their units, and their sizes. A parameter that is cut into units is a
-    row of equal chunks, one a unit. Any other is one chunk of unit -1, which all workers have."""
-    unit_of_chunk, sizes = [], []
-    for name, parameter in parameters.items():
-        layers = [layer for layer in units_of_layer if name.startswith(f"{layer}.")]
-        units = units_of_layer[layers[0]] if layers else [-1]
-        unit_of_chunk += units
-        sizes += [parameter.numel() // len(units)] * len(units)
-    return unit_of_chunk, sizes
-
-
-def runs(has, edges):
-    """[(begin, end)] of the runs of chunks that are set in each row of `has`, bool [rows, chunks], one row
-    after another. Chunk c lies from edges[c] to edges[c + 1]. Empty runs are left out."""
-    change = np.diff(has.astype(np.int8), axis=1, prepend=0, append=0)  # 1 where a run begins, -1 after it
-    begins, ends = edges[np.nonzero(change == 1)[1]], edges[np.nonzero(change == -1)[1]]
-    return list(zip(begins[begins < ends].tolist(), ends[begins < ends].tolist()))
 
 
 class Bucket:
@@ -90,41 +61,32 @@ class Bucket:
 
     def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
-        initial_value(name) is asked for parameters that reach into the slice, one after another."""
-        self.dtype = dtype  # of what workers have
+        initial_value(name) is asked for what reaches into the slice; dtype: of what workers have."""
         unit_of_chunk, sizes = chunks_of(parameters, units_of_layer)
-        self.unit_of_chunk, self.chunk_edges = np.array(unit_of_chunk), np.cumsum([0, *sizes])
+        self.dtype, self.unit_of_chunk = dtype, np.array(unit_of_chunk)
+        self.chunk_edges = np.cumsum([0, *sizes])
         self.slice_edges = layout.slice_edges(sum(sizes))
         start, stop = self.slice_edges[layout.my_slice : layout.my_slice + 2].tolist()
         self.my_edges = self.chunk_edges.clip(start, stop) - start  # of the chunks, in the owned slice
         wide = torch.promote_types(dtype, torch.float32)
-        self.master = torch.empty(stop - start, dtype=wide, device=device)
-        self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
+        self.mean = torch.zeros(stop - start, dtype=wide, device=device)  # of gradients; first their sum
+        self.master = torch.empty_like(self.mean)
         self.trainers = []  # [(begin, end, by how many workers what lies between is trained)] in the slice
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.pieces = {}  # {name: (the owned part of the flattened parameter as a slice, that part itself)}
-        begin = 0
-        for name, parameter in parameters.items():
-            a, b = max(begin, start), min(begin + parameter.numel(), stop)
-            if a < b:
-                where = slice(a - begin, b - begin)
-                self.master[a - start : b - start] = initial_value(name).flatten()[where]
-                piece = torch.nn.Parameter(self.master[a - start : b - start])  # an alias, for the optimizer
-                piece.grad = self.mean[a - start : b - start]  # also an alias: a push adds to it
-                self.pieces[name] = where, piece
-            begin += parameter.numel()
+        for name, where, here in owned_parts(parameters, start, stop):
+            self.master[here] = initial_value(name).flatten()[where]
+            piece = torch.nn.Parameter(self.master[here])  # an alias, for the optimizer
+            piece.grad = self.mean[here]  # also an alias: a push adds to it
+            self.pieces[name] = where, piece
 
     def has(self, mask):
         """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
-        with_shared = np.column_stack([mask, np.full(len(mask), True)])  # unit -1 is the last column
-        return with_shared[:, self.unit_of_chunk]
+        return np.pad(mask, [(0, 0), (0, 1)], constant_values=True)[:, self.unit_of_chunk]  # last: unit -1
 
     def count_trainers(self, trains, weights):
         """What to divide sums by: the weights, [workers], of who trains; trains: bool [workers, units]."""
-        trainers = np.array(weights) @ self.has(trains)  # [chunks]
-        self.trainers = []
-        for number in np.unique(trainers).tolist():
-            self.trainers += [(a, b, number) for a, b in runs(trainers[None] == number, self.my_edges)]
+        self.trainers = runs_of_equal(np.array(weights) @ self.has(trains), self.my_edges)
 
 
 class Route:
@@ -157,10 +119,9 @@ class Route:
 
 
 class Routes:
-    """Both ways of a bucket: of values that workers train, and of frozen ones, which they only read."""
+    """Both routes of a bucket: of values that workers train, and of frozen ones, which they only read."""
 
     def __init__(self, bucket, trained, frozen, traffic):
-        """trained, frozen: bool [processes, chunks]."""
         edges = bucket.chunk_edges, bucket.slice_edges, bucket.my_edges
         self.both = [Route(wants, *edges, traffic) for wants in (trained, frozen)]
         self.push_buffer = sum(self.both[0].to_workers)  # elements
@@ -190,8 +151,8 @@ class Layout:
         return Routes(bucket, trained, frozen, traffic)
 
     def exchanges_at_once(self, has):
-        """How many exchanges are under way at most; has: bool [workers, units]. A worker has one of every
-        N / p layers, so it is never further ahead of others. With fewer exchanges it would wait for them."""
+        """How many are under way at most; has: bool [workers, units]. A worker has one of every N / p layers,
+        so it is never further ahead of others. With fewer exchanges under way it would wait for them."""
         return math.ceil(has.size / has.sum())
 
     def finish_oldest(self, under_way):
@@ -208,9 +169,8 @@ class Part:
         self.bucket, self.routes = bucket, routes
         self.is_here, self.missing = False, 0  # was it pulled, and how many gradients are still to come?
         in_order = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
-        sizes = [like.numel() for _, like in in_order]
+        sizes, self.trained = [like.numel() for _, like in in_order], []
         self.values = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.master.device)
-        self.trained = []
         for (name, like), view in zip(in_order, self.values.split(sizes)):
             parameter = torch.nn.Parameter(view.view(like.shape), requires_grad=like.requires_grad)
             module, _, leaf = name.rpartition(".")
@@ -253,8 +213,7 @@ class Worker:
         modules, parameters = dict(model.named_modules()), by_bucket(model)
         for name, bucket in buckets.items():
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
-            routes = layout.routes(bucket, trained, frozen, traffic)
-            part = Part(bucket, routes, model, parameters[name])
+            part = Part(bucket, layout.routes(bucket, trained, frozen, traffic), model, parameters[name])
             self.parts.append(part)
             # weak: autograd hides its references from the garbage collector, and nothing would be freed
             me, weak_part = weakref.proxy(self), weakref.proxy(part)
@@ -310,11 +269,11 @@ class Worker:
 
 
 class SDP:
-    """Trains one model with len(mask) workers, as many on each process: with K, process r plays r K to
-    r K + K - 1. build(units): as model.build. initial_value(whole model, name of a parameter): float tensor
-    on the CPU. optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py.
-    dtype: of weights, gradients and traffic; owners keep at least float32. layout: see Layout. weights: by
-    what the caller multiplies each worker's loss, with a mean of 1."""
+    """Trains one model with len(mask) workers, K on each process: process r plays r K to r K + K - 1.
+    build(units): as model.build. initial_value(whole model, name): a parameter's values, float, on the CPU.
+    optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py. dtype: of
+    weights, gradients and traffic; owners keep at least float32. weights: by what the caller multiplies
+    each worker's loss, with a mean of 1."""
 
     def __init__(
         self, build, initial_value, optimizer, units, mask, mode,
@@ -336,8 +295,7 @@ class SDP:
         self.change(mask, mode)
 
     def change(self, mask, mode):
-        """From the next step on, train under this mask and mode, by as many workers. Nothing has to move:
-        owners keep what they own, and the next pull brings it to the new holders."""
+        """From now on, train under this mask and mode. Nothing moves: the next pull serves new holders."""
         self.trains, self.reads = roles(mode, mask)
         for bucket in self.buckets.values():
             bucket.count_trainers(self.trains, self.weights)
@@ -351,17 +309,13 @@ class SDP:
 
     def make_module(self, worker):
         """A worker's module, on the meta device."""
-        trained, frozen = self.trains[worker], self.reads[worker] & ~self.trains[worker]
-        counts = {}
-        for layer, numbers in columns(self.units).items():
-            counts[layer] = int(trained[numbers].sum()), int(frozen[numbers].sum())
         with torch.device("meta"):
-            return self.build(counts)
+            return self.build(count_units(self.units, self.trains[worker], self.reads[worker]))
 
     @contextmanager
     def turn(self, worker, passes=1):
-        """`with engine.turn(worker) as model:` plays a worker: its module, with fresh values, for so many
-        passes. Gradients add up, and the last pass sends them. All processes take their turns in order."""
+        """`with engine.turn(worker) as model:` gives its module, with fresh values, for so many passes. The
+        last one sends the gradients, which add up. All processes take their turns in order."""
         self.workers[worker].begin(passes)
         try:
             yield self.workers[worker].model
@@ -383,8 +337,7 @@ class SDP:
         everything = np.ones((self.processes, len(self.units)), bool)
         with torch.device("meta"):
             model = self.build({}).requires_grad_(False)
-        traffic = Counter()  # not that of training
-        reader = Worker(model, self.buckets, everything, everything, self.layout, traffic)
+        reader = Worker(model, self.buckets, everything, everything, self.layout, traffic=Counter())
         reader.begin()
         reader.wait_for(reader.parts[-1])
         yield model.eval()
@@ -396,12 +349,11 @@ class SDP:
                 bucket.mean[begin:end] /= trainers
 
     def step(self, lr, clip=0.0, *numbers):
-        """Average, clip to the norm `clip` (0: do not), and update; but leave all as it was where the norm
-        or a number, such as the loss, is infinite or NaN. Returns, as floats, the norm of the whole model's
-        averaged gradient, and each number's sum over the processes. Raises RuntimeError without all turns."""
+        """Average, clip to the norm `clip` (0: do not), and update; but not where the norm or a number, such
+        as the loss, is infinite or NaN. Returns floats: the norm of the whole model's averaged gradient, and
+        each number's sum over the processes. Raises RuntimeError where a turn is missing."""
         if self.played != set(self.workers):
-            missing = sorted(set(self.workers) - self.played)
-            raise RuntimeError(f"step: workers {missing} have not finished their turns; all play again")
+            raise RuntimeError("step: some workers have not finished their turns; all have to play again")
         self.average()
         squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
         squares, *sums = add_up([squares.double().sum(), *numbers])  # the first wait for the device

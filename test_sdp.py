@@ -40,8 +40,9 @@ from course.naive import held_values, loss_and_gradients, mean_over_holders
 from data import Text, read_bytes
 from masks import Unit, UserError, assign, holders_per_unit, spectral_gap
 from model import GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
-from sdp import SDP, Bucket, Layout, Part, Worker, by_bucket
+from sdp import SDP, Bucket, Layout, Part, Worker
 from support import checkpoint, costs, evaluation
+from support.chunks import by_bucket
 from support.evaluation import estimate_statistics
 from support.machines import make_layout
 from support.processes import HERE, read_log, read_summary, slow

@@ -20,8 +20,9 @@ from model import GPTConfig, build, initial_value, units_of
 from scripts import alignment, bench
 from scripts.alignment import cyclic
 from scripts.dense import Dense
-from sdp import SDP, by_bucket
+from sdp import SDP
 from support import costs, launch
+from support.chunks import by_bucket
 from support.processes import TINY, Ranks, assert_same_checkpoint, read_log, read_summary, slow
 
 pytest_plugins = ["support.testing", "support.processes"]

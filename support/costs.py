@@ -137,7 +137,9 @@ def dense_worker(args, config, engine):
     row["weight_bytes"] = row["grad_bytes"] = params * width
     row["optimizer_bytes"] = params * (master + moments)
     row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
-    machines = engine.layout.machines  # each has one process that sends to the next machine of the ring
+    machines = getattr(
+        engine.layout, "machines", 1
+    )  # each has one process that sends to the next machine of the ring
     crossing = 2 * row["push_bytes"] * machines / engine.processes if machines > 1 else 0
     row["between_machines_bytes"] = round(crossing)
     return row

@@ -17,6 +17,8 @@ from sdp import Layout, Route
 def make_layout(machines=1, timeout=None, capacity=None):
     """The layout of so many machines with equally many processes, in the order of the ranks. timeout: of
     groups, a timedelta; capacity: a whole number of each worker, its share of the owned values."""
+    if machines == 1 and not capacity:
+        return Layout()
     processes = dist.get_world_size()
     of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
     return (TwoLevels if 1 < machines < processes else OneLevel)(machines, timeout, of_processes)
@@ -29,7 +31,7 @@ def count_as_crossing(route):
 
 
 class OneLevel(Layout):
-    """A machine, or machines with one process each. Slices are as large as the capacity of their owners."""
+    """Unequal workers, or machines with one process each. Slices follow the capacity of their owners."""
 
     def __init__(self, machines, timeout, capacity):
         """capacity: [processes]."""

@@ -232,8 +232,8 @@ def test_few_kernels(alone, dtype):
 # ---- the house: who imports whom, and how long it all is
 
 STOREYS = [
-    ("support.peers",),
-    ("masks",),
+    ("masks", "support.peers"),
+    ("support.chunks",),
     ("model", "sdp", "data"),
     ("support",),
     ("train",),

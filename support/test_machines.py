@@ -16,7 +16,8 @@ import train
 from course.naive import held_values, loss_and_gradients, mean_over_holders
 from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap
 from model import build, initial_value
-from sdp import SDP, by_bucket
+from sdp import SDP
+from support.chunks import by_bucket
 from support.machines import make_layout, spread
 from support.processes import TINY, Ranks, read_log, read_summary
 from test_sdp import (
