@@ -22,19 +22,20 @@ SAMPLE = 200  # bytes
 
 
 def announce(plan, mask, device):
-    """Print who holds what, what a step is, and where the run goes on."""
+    """Print who holds what, what a step is, and from where the run resumes."""
     args = plan.args
     print_mask(plan, mask)
-    processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
+    count = dist.get_world_size()
+    processes = f"{count} process{'es' if count > 1 else ''}, {dist.get_backend()} on {device.type}"
     rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
     print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
     own = "rows of the batch and subnetwork" if args.mask == "forward" else "rows of the batch"
     print(f"loss: the mean over the workers, each on its own {own}; val_loss: of the whole model", flush=True)
     if plan.saved:
         changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
-        print(f"after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
+        print(f"resuming after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
     if plan.progress["step"] == args.steps:
-        print("there is nothing to train; more --steps go on")
+        print("nothing to train: all --steps are done; a larger --steps continues")
 
 
 def print_mask(plan, mask):
@@ -69,7 +70,7 @@ def forecast(plan, make_engine):
     print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
     print(costs.compare(largest, unmasked, dense, processes))
     if args.finish:
-        print("of the steps in --finish, which take most")
+        print("costs are those of a step in --finish, which needs most")
     return largest, dense
 
 

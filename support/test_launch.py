@@ -347,7 +347,7 @@ def test_a_worker_stalls(tmp_path):
 def assert_stopped(out, text, at_least):
     """All stopped after the same step, and left a checkpoint of it."""
     last = read_log(out)[-1]["step"]
-    assert f"stopped by a signal after step {last}; --resume goes on" in text
+    assert f"stopped by a signal after step {last}; --resume continues" in text
     assert checkpoint.read_checkpoint(out / "ckpt.pt")["progress"]["step"] == last
     assert at_least <= last < 80 and not (out / "summary.json").exists()
 
