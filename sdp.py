@@ -53,33 +53,11 @@ import torch
 import torch.distributed as dist
 
 from masks import columns, roles
-
-
-class PeerLost(RuntimeError):
-    """Another process has ended, has stalled, or cannot be reached."""
-
-
-@contextmanager
-def peers():
-    """`with peers():` around a collective: what torch raises where another process fails is a PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(str(error)) from error
-
-
-def add_up(numbers):
-    """A list of numbers or scalar tensors, each summed over the processes, as floats."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    totals = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
-    with peers():
-        dist.all_reduce(totals)
-    return totals.tolist()
+from support.peers import add_up, exchange
 
 
 def by_bucket(model):
-    """{bucket: {name: parameter}}, in the model's order. "blocks.3.mlp.up" is in the bucket "blocks.3",
-    "embedding.weight" in "embedding"."""
+    """{bucket: {name: parameter}}: "blocks.3.mlp.up" is in "blocks.3", "embedding.weight" in "embedding"."""
     buckets = defaultdict(dict)
     for name, parameter in model.named_parameters():
         words = name.split(".")
@@ -108,9 +86,7 @@ def runs(has, edges):
 
 
 class Bucket:
-    """One layer of the whole model, flattened, and the slice of it that this process owns. Chunk c lies from
-    chunk_edges[c] to chunk_edges[c + 1], slice s from slice_edges[s] to slice_edges[s + 1]. my_edges are the
-    chunks' edges counted from the start of the owned slice; what lies outside has no length there."""
+    """One layer of the whole model, flattened, and the slice of it that this process owns."""
 
     def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
@@ -119,7 +95,7 @@ class Bucket:
         self.unit_of_chunk, self.chunk_edges = np.array(unit_of_chunk), np.cumsum([0, *sizes])
         self.slice_edges = layout.slice_edges(sum(sizes))
         start, stop = self.slice_edges[layout.my_slice : layout.my_slice + 2].tolist()
-        self.my_edges = self.chunk_edges.clip(start, stop) - start
+        self.my_edges = self.chunk_edges.clip(start, stop) - start  # of the chunks, in the owned slice
         wide = torch.promote_types(dtype, torch.float32)
         self.master = torch.empty(stop - start, dtype=wide, device=device)
         self.mean = torch.zeros_like(self.master)  # the gradient: a sum while it comes in, then the mean
@@ -155,13 +131,13 @@ class Route:
     from the first owner, then from the second, and so on, is in the bucket's order: nothing is sorted."""
 
     def __init__(self, wants, chunk_edges, slice_edges, my_edges, traffic, group=None):
-        """wants: bool [processes, chunks], of the workers that play now; edges: see Bucket; traffic: a
-        Counter of the bytes that leave this process."""
+        """wants: bool [processes, chunks], of the workers that play now; traffic: a Counter of bytes sent."""
         me, slices = dist.get_rank(group), pairwise(slice_edges.tolist())
         self.from_owners = [int(wants[me] @ np.diff(chunk_edges.clip(a, b))) for a, b in slices]
         self.to_workers = (wants @ np.diff(my_edges)).tolist()
         self.runs = runs(wants, my_edges)  # of what is sent, one worker after another
-        self.traffic, self.group = traffic, group
+        self.exchange = partial(exchange, traffic=traffic, group=group)
+        self.pull_kinds, self.push_kinds = ["pull"], ["push"]  # names under which bytes are counted
         self.is_used = wants.any()  # the same everywhere: all processes skip an empty route
 
     def pull(self, owned, values):
@@ -169,32 +145,14 @@ class Route:
         owned = owned.to(values.dtype)  # once: torch.cat would convert run by run
         pieces = [owned[a:b] for a, b in self.runs]
         send = torch.cat(pieces) if pieces else owned[:0]
-        yield from self.exchange("pull", values, send, self.from_owners, self.to_workers)
+        yield from self.exchange(self.pull_kinds, values, send, self.from_owners, self.to_workers)
 
     def push(self, gradients, total):
-        """Add flat gradients to the owners' `total`, in the order of the ranks and in its precision: so
-        that each run gives the same sum."""
+        """Add flat gradients to the owners' `total`, in its precision and in rank order: so always alike."""
         received = gradients.new_empty(sum(self.to_workers))
-        yield from self.exchange("push", received, gradients, self.to_workers, self.from_owners)
+        yield from self.exchange(self.push_kinds, received, gradients, self.to_workers, self.from_owners)
         for (a, b), gradient in zip(self.runs, received.split([b - a for a, b in self.runs])):
             total[a:b].add_(gradient)
-
-    def exchange(self, kind, received, send, received_sizes, send_sizes):
-        """The one place where values move. Like pull and push it is a generator: it starts the exchange,
-        stops while that is under way, and waits for its end."""
-        kept = send_sizes[dist.get_rank(self.group)]
-        self.traffic[kind] += (len(send) - kept) * send.element_size()
-        # gloo was silently wrong with CUDA tensors (https://github.com/pytorch/pytorch/pull/170812)
-        through_cpu = send.is_cuda and dist.get_backend(self.group) == "gloo"
-        into = torch.empty_like(received, device="cpu") if through_cpu else received
-        send = send.cpu() if through_cpu else send
-        sizes = received_sizes, send_sizes
-        work = dist.all_to_all_single(into, send, *sizes, group=self.group, async_op=True)
-        yield
-        with peers():
-            work.wait()
-        if through_cpu:
-            received.copy_(into)
 
 
 class Routes:
@@ -207,8 +165,7 @@ class Routes:
         self.push_buffer = sum(self.both[0].to_workers)  # elements
 
     def pull(self, owned, values):
-        """values: the trained ones, then the frozen ones."""
-        parts = values.split([sum(route.from_owners) for route in self.both])
+        parts = values.split([sum(route.from_owners) for route in self.both])  # the trained ones come first
         pulls = [route.pull(owned, part) for route, part in zip(self.both, parts) if route.is_used]
         yield from zip_longest(*pulls)  # side by side
 
@@ -268,13 +225,11 @@ class Part:
             storage.resize_(nbytes)
 
     def pull(self):
-        """Fill the parameters with the owners' values."""
         yield from self.routes.pull(self.bucket.master, self.values)
         self.is_here = True
 
     def push(self):
-        """Send the gradients to their owners, and free them. They leave from the memory of the weights,
-        which nothing needs any more."""
+        """Send the gradients, and free them. They leave from the memory of the weights, which are used up."""
         gradients = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: unseen by autograd
         if self.trained:
             flat = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
@@ -285,14 +240,15 @@ class Part:
 
 
 class Worker:
-    """The module of one worker, and the order in which it pulls and pushes. All workers take part in every
-    exchange, also who has nothing of a bucket, in one order: pulls first bucket to last, each finished just
-    before its layer runs; pushes last to first, each started when its gradients are complete."""
+    """The module of one worker, and the order of its exchanges: pulls first to last, each finished just
+    before its layer runs; pushes last to first. All workers take part in each, whatever they have of it."""
 
     def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.layout, self.parts = model, layout, []
         self.pulls_at_once, self.pushes_at_once = map(layout.exchanges_at_once, (reads, trains))
+        self.unpulled, self.unpushed = deque(), []  # parts, first to last
+        self.pulling, self.pushing = deque(), deque()  # exchanges under way, oldest first
         modules, parameters = dict(model.named_modules()), by_bucket(model)
         for name, bucket in buckets.items():
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
@@ -309,17 +265,16 @@ class Worker:
 
     def begin(self, passes=1):
         """Allocate the parameters, and start to pull them for so many passes."""
-        self.unpulled, self.unpushed = deque(self.parts), list(self.parts)  # first to last
-        self.pulling, self.pushing = deque(), deque()  # exchanges under way, oldest first
+        self.unpulled, self.unpushed = deque(self.parts), list(self.parts)
+        self.pulling, self.pushing = deque(), deque()
         self.model.zero_grad()  # an interrupted turn may have left some
         for part in self.parts:
             part.resize(part.values.nbytes)
             part.is_here, part.missing = False, passes * len(part.trained)
-        for _ in range(self.pulls_at_once):
-            self._start_pull()
+        self._start_pulls()
 
-    def _start_pull(self):
-        if self.unpulled:
+    def _start_pulls(self):
+        while self.unpulled and len(self.pulling) < self.pulls_at_once:
             self.pulling.append(self.unpulled.popleft().pull())
             next(self.pulling[-1], None)  # None: nobody reads this part now, and the pull ends at once
 
@@ -327,7 +282,7 @@ class Worker:
         """Wait until a part is there, while the next ones are on their way."""
         while not part.is_here:
             self.layout.finish_oldest(self.pulling)
-            self._start_pull()
+            self._start_pulls()
 
     def _count_gradient(self, part, parameter):
         part.missing -= 1
@@ -340,7 +295,7 @@ class Worker:
         if len(self.pushing) == self.pushes_at_once:
             self.layout.finish_oldest(self.pushing)
         self.pushing.append(self.unpushed.pop().push())
-        next(self.pushing[-1], None)  # None: nobody trains this part, and the push ends at once
+        next(self.pushing[-1], None)
 
     def end(self, free):
         """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
@@ -385,12 +340,11 @@ class SDP:
         for bucket in self.buckets.values():
             bucket.count_trainers(self.trains, self.weights)
         self.workers, self.played = {}, set()  # first let go of the old ones
-        turns = len(mask) // self.processes
+        turns, common = len(mask) // self.processes, (self.traffic, self.dtype, self.layout)
         for turn in range(turns):
-            number, together = self.rank * turns + turn, slice(turn, None, turns)
-            roles_now = self.trains[together], self.reads[together]  # of those that play in this turn
-            common = self.traffic, self.dtype, self.layout
-            self.workers[number] = Worker(self.make_module(number), self.buckets, *roles_now, *common)
+            number, now = self.rank * turns + turn, slice(turn, None, turns)  # now: who plays in this turn
+            model = self.make_module(number)
+            self.workers[number] = Worker(model, self.buckets, self.trains[now], self.reads[now], *common)
 
     def make_module(self, worker):
         """A worker's module, on the meta device."""
@@ -426,7 +380,7 @@ class SDP:
         everything = np.ones((self.processes, len(self.units)), bool)
         with torch.device("meta"):
             model = self.build({}).requires_grad_(False)
-        common = Counter(), self.dtype, self.layout  # a Counter of its own: this is no traffic of training
+        common = Counter(), self.dtype, self.layout  # its traffic is not that of training
         reader = Worker(model, self.buckets, everything, everything, *common)
         reader.begin()
         reader.wait_for(reader.parts[-1])

@@ -12,10 +12,12 @@ Needs all other files. Read it last, in their order: masks, model, data, engine,
 import dataclasses
 import functools
 import gc
+import itertools
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 import weakref
@@ -28,18 +30,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import masks
+import sdp
 import train
 from course import naive
 from course.naive import held_values, loss_and_gradients, mean_over_holders
 from data import Text, read_bytes
 from masks import Unit, UserError, assign, holders_per_unit, spectral_gap
 from model import GPTConfig, ResNetConfig, ViTConfig, build, initial_value, units_of
-from sdp import SDP, Bucket, Layout, Part, by_bucket
+from sdp import SDP, Bucket, Layout, Part, Worker, by_bucket
 from support import checkpoint, costs, evaluation
 from support.evaluation import estimate_statistics
-from support.machines import Machines
+from support.machines import make_layout
 from support.processes import HERE, read_log, read_summary, slow
 from support.testing import some_images
 
@@ -91,7 +95,7 @@ def make_engine(
     mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw, machines=1
 ):
     units, mask = make_mask(kind, workers, coverage, config)
-    first, layout = functools.partial(initial_value, seed=0), Machines(machines)
+    first, layout = functools.partial(initial_value, seed=0), make_layout(machines)
     more = {"dtype": dtype, "layout": layout}
     return SDP(functools.partial(build, config), first, optimizer, units, mask, mode, **more)
 
@@ -316,6 +320,14 @@ def test_the_worked_example(in_processes):
     assert second[3:] == ([0, 0, 1, 5], [3, 4], [1, 4], [(0, 1), (1, 5)])
 
 
+def test_the_program_in_the_docstring_runs(alone):
+    lines = sdp.__doc__.split("A whole program")[1].splitlines()[2:]
+    program = list(itertools.takewhile(lambda line: line.startswith("    ") or not line, lines))
+    found = {}
+    exec(textwrap.dedent("\n".join(program)), found)
+    assert found["norm"] > 0 and list(found["engine"].workers) == [0, 1]
+
+
 def none_and_ddp(config, optimizer):
     """10 steps of both on the same batches, gradient clipping active."""
     rank, n = dist.get_rank(), dist.get_world_size()
@@ -402,13 +414,69 @@ def only_the_last_pass_communicates():
                 model(*batch(0, worker)).backward()
 
 
+def interrupted_turns():
+    """Ctrl-C in the middle of a step: the next step is refused, until all have played again."""
+    norms = []
+    for number_of_passes in (None, 0, 1):  # not interrupted; before and after a backward pass
+        engine = make_engine("backward", "neuron", 4)
+        first, second, *_ = engine.workers
+        if number_of_passes is not None:
+            with engine.turn(first) as model:
+                model(*batch(0, first)).backward()
+            with pytest.raises(KeyboardInterrupt), engine.turn(second) as model:
+                for _ in range(number_of_passes):
+                    model(*batch(0, second)).backward()
+                raise KeyboardInterrupt
+            with pytest.raises(RuntimeError, match="have not finished their turns"):
+                engine.step(1e-2)
+        for worker in engine.workers:
+            with engine.turn(worker) as model:
+                model(*batch(0, worker)).backward()
+        norms += engine.step(1e-2)
+    assert norms[0] == norms[1] == norms[2]
+
+
+def test_an_interrupted_turn_does_not_count(in_processes):
+    in_processes(1, interrupted_turns)
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the CPU asks a tensor for its value, and so waits for the device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def waits_of_a_step():
+    engine, args = make_engine("backward", "block", 4), Namespace(micro_batches=2, grad_clip=0.0, workers=4)
+    args.seed, step, refuse = 0, engine.step, Waits()
+
+    def stop_counting(*arguments):
+        before.append(refuse.number)
+        return step(*arguments)
+
+    before, engine.step = [], stop_counting
+    with refuse:
+        train.update(engine, {worker: batch(0, worker) for worker in engine.workers}, args, 1, 1e-2)
+        torch.ones(()).item()  # this one is counted
+    return before[0], refuse.number
+
+
+def test_nothing_waits_for_the_device_before_the_step(in_processes):
+    for before, after in in_processes(2, waits_of_a_step):
+        assert before == 0 and after > 0
+
+
 def test_only_the_last_pass_communicates(in_processes):
     in_processes(2, only_the_last_pass_communicates)
 
 
-def buffers_of_a_step(mode, kind, dtype, machines=1):
+def buffers_of_a_step(mode, kind, dtype, machines=1, coverage=0.5):
     """The most that the tensors given to collectives ever take together, parameters aside, in layers."""
-    engine = make_engine(mode, kind, 4, config=GPTConfig(layers=3), dtype=dtype, machines=machines)
+    engine = make_engine(mode, kind, 4, coverage, GPTConfig(layers=4), dtype, machines=machines)
     (worker,) = engine.workers
     own = {part.values.untyped_storage()._cdata for part in engine.workers[worker].parts}
     layer = max(int(bucket.chunk_edges[-1]) for bucket in engine.buckets.values()) * dtype.itemsize
@@ -443,6 +511,8 @@ def buffers_of_a_step(mode, kind, dtype, machines=1):
 def test_buffers_take_two_layers_at_most(in_processes, mode, kind):
     dtype = torch.bfloat16 if kind == "block" else torch.float32
     assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, kind, dtype)) <= 2
+    if (mode, kind) == ("forward", "block"):  # four exchanges under way, each of a quarter of a layer
+        assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, kind, dtype, 1, 0.25)) <= 2
 
 
 def plan_for_1024():
@@ -678,13 +748,25 @@ def test_processes_do_not_matter(in_processes, mode, kind, config):
     assert (runs[0][1]["head.weight"] - runs[0][0]["head.weight"]).abs().max() > 0.01
 
 
+def gradients_alive(worker):
+    """The bytes of a worker's gradients now, with the buffers of the pushes under way."""
+    own = [p.grad.nbytes for part in worker.parts for p in part.trained if p.grad is not None]
+    first = len(worker.unpushed)
+    under_way = worker.parts[first : first + len(worker.pushing)]
+    return sum(own) + sum(part.routes.push_buffer * part.values.itemsize for part in under_way)
+
+
 def cost_of_a_step(mode, kind, coverage, dtype):
     """Bytes that this process sends in a step, and what stays on it."""
-    config = GPTConfig(context=8)
+    config, alive, start_push = GPTConfig(context=8), [0], Worker._start_push
     engine = make_engine(mode, kind, 4, coverage, config, dtype)
     (worker,) = engine.workers
-    with engine.turn(worker) as model:
+    with pytest.MonkeyPatch.context() as patch, engine.turn(worker) as model:
+        patch.setattr(
+            Worker, "_start_push", lambda self: [alive.append(gradients_alive(self)), start_push(self)]
+        )
         model(*batch(0, worker, config=config)).backward()
+    assert costs.gradient_bytes(engine.workers[worker], 1) == max(alive)
     engine.step(lr=1e-2)
     moments = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values() if t.dim() > 0)
     # what is here of what the worker has: counted element by element

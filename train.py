@@ -10,7 +10,6 @@ Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. `ma
 import math
 import signal
 import sys
-import time
 import zlib
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +28,15 @@ import masks
 from data import KINDS, load, load_batches
 from masks import UserError
 from model import CONFIGS, build, initial_value, units_of
-from sdp import SDP, PeerLost, peers
-from support import checkpoint, costs, launch, report
+from sdp import SDP
+from support import checkpoint, launch, report
 from support.evaluation import evaluate, whole_model
+from support.journal import Journal
 from support.launch import at_least, whole_numbers
-from support.machines import Machines, spread
+from support.machines import make_layout, spread
+from support.peers import PeerLost
 from support.presets import preset, shared_blocks
 
-PATIENCE = 10  # steps in a row whose loss or gradient is infinite or NaN, before a run gives up
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
 OF_TRAINING = ("drop_path", "dropout", "checkpoint_activations")  # likewise, but not of the model's shape
 OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --resume may not change
@@ -44,15 +44,15 @@ OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --r
 FLAGS = (  # name, type or choices, default, meaning
     ("--mask", masks.MODES, "backward", "backward: gradients only of held units; forward: only they exist"),
     ("--units", ("block", "neuron"), "block", "residual blocks; or heads, groups of neurons and of channels"),
-    ("--coverage", float, 0.5, "share C of the N workers that hold a unit: floor(C N + 1/2)"),
-    ("--assign", ("worker", "machine"), "worker", "machine: all workers of a machine hold the same units"),
-    ("--machines", at_least(1), None, "for --assign machine: how many there are (default: torchrun's)"),
-    ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of units and owned values"),
-    ("--rows", whole_numbers, None, "each worker's share of a batch, as 2,1,1,1 (default: equal)"),
+    ("--coverage", float, 0.5, "share C of the N workers that hold a unit"),
+    ("--workers", at_least(1), None, "N, a multiple of the processes (default: as many; 4 of one process)"),
     ("--resample", at_least(0), 0, "steps between new masks, 0 = never"),
     ("--finish", at_least(0, float), 0.0, "last fraction of a forward-masked run with backward masking"),
     ("--keep", str, "none", "blocks that all hold: none, ends, strided (of a ResNet), or numbers as 0,5"),
-    ("--workers", at_least(1), None, "N, a multiple of the processes (default: as many; 4 of one process)"),
+    ("--assign", ("worker", "machine"), "worker", "machine: all workers of a machine hold the same units"),
+    ("--machines", at_least(1), None, "for --assign machine: how many (default: torchrun's)"),
+    ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of all units"),
+    ("--rows", whole_numbers, None, "each worker's share of a batch, as 2,1,1,1 (default: equal)"),
     ("--model", tuple(CONFIGS), "gpt", "vit, resnet18: with defaults of their own, see DEFAULTS in train.py"),
     ("--size", str, None, "preset of the shape, as 10m, 134m, 1b of a gpt (default: the first that fits)"),
     ("--layers", at_least(1), None, "transformer blocks (default: as --size)"),
@@ -94,8 +94,14 @@ DEFAULTS = {  # where a model has others
     "resnet18": {"data": "cifar10", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
                  "grad_clip": 0.0},
 }  # fmt: skip
-TITLES = {"--mask": "method", "--model": "model", "--data": "data", "--steps": "optimisation",
-          "--dtype": "run"}  # fmt: skip
+TITLES = {  # of the groups that begin with these flags
+    "--mask": "method",
+    "--assign": "clusters",
+    "--model": "model",
+    "--data": "data",
+    "--steps": "optimisation",
+    "--dtype": "run",
+}
 make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Parallelism.", FLAGS, TITLES)
 
 
@@ -225,7 +231,7 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
     """The engine for a plan, with the values of its checkpoint, if there is one."""
     args = plan.args
     weights = [rows * args.workers / sum(args.rows) for rows in args.rows]
-    layout = Machines(machines, timedelta(seconds=args.timeout), args.capacity)
+    layout = make_layout(machines, timedelta(seconds=args.timeout), args.capacity)
 
     def build_units(units):
         model = build(plan.whole.config, units)
@@ -260,8 +266,7 @@ def learning_rate(step, args):
 
 
 def play(batches, args, step, worker, model, weight):
-    """A worker's backward passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight, a
-    float64 scalar."""
+    """A worker's passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight, float64."""
     torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of dropped rows and numbers
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
@@ -282,71 +287,38 @@ def update(engine, batches, args, step, lr, *numbers):
     return norm, loss_sum / args.workers, *sums
 
 
-def train(plan, engine, store, caught, record, before_step=None):
-    """The loop, from plan.progress on, which it keeps up. Calls record(entry) after each step. A signal
-    that any process has caught stops all of them. Returns (phases, what the last validation found)."""
-    args, data, progress, phases, metrics = plan.args, plan.data, plan.progress, [], {}
-    first_step = progress["step"] + 1
-    mask_number, mode = plan.setting(first_step)
-    phase = costs.Phase(plan, engine, mode)
-    bar = tqdm(range(first_step, args.steps + 1), initial=first_step - 1, total=args.steps,
-               disable=True if engine.rank else None, unit="step", mininterval=0.5)  # fmt: skip
-    with ThreadPoolExecutor(1) as loader, bar:
+def train(plan, engine, journal, caught, before_step=None):
+    """The loop, from plan.progress on. A signal that any process has caught stops all of them."""
+    args, data, first_step = plan.args, plan.data, plan.progress["step"] + 1
+    with ThreadPoolExecutor(1) as loader, journal.bar:
         coming = loader.submit(load_batches, data, engine, args, first_step)
-        for step in bar:
-            with peers():
-                store.set(launch.HEARTBEAT.format(engine.rank), str(step))
+        for step in journal.bar:
             batches = coming.result()  # the loader reads engine.workers, which may change now
-            if plan.setting(step) != (mask_number, mode):
+            if step > first_step and plan.setting(step) != plan.setting(step - 1):
                 mask_number, mode = plan.setting(step)
-                if mode != phase.mode:
-                    phases.append(phase.end())
-                engine.change(plan.draw_mask(mask_number), mode)
-                if mode != phase.mode:
-                    phase = costs.Phase(plan, engine, mode)
+                with journal.change(mode):
+                    engine.change(plan.draw_mask(mask_number), mode)
             coming = loader.submit(load_batches, data, engine, args, min(step + 1, args.steps))
-            noted = before_step(step, engine, batches) if before_step else {}
-            began, lr = time.perf_counter(), learning_rate(step, args)
+            noted = before_step and before_step(step, engine, batches)
+            lr = learning_rate(step, args)
+            journal.begin(step)
             norm, loss, sent, stop = update(engine, batches, args, step, lr, len(caught))
-            phase.milliseconds.append(1e3 * (time.perf_counter() - began))
-            entry = keep_count(plan, phase, step, norm, loss, lr, sent) | noted
-            speed = args.batch_size * data.items_per_row / phase.milliseconds[-1] * 1e3
-            status = f"loss {loss:.3f}, {speed:,.0f} {data.items}/s"
-            if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-                left = np.median(phase.milliseconds) / 1e3 * (args.steps - step)
-                metrics = validate(plan, engine, step, f", {status}, {tqdm.format_interval(left)} left")
-                entry |= metrics
-            if metrics.get("val_loss"):
-                status += f", val_loss {metrics['val_loss']:.4f}"
-            bar.set_postfix_str(status, refresh=False)
-            record(entry)
-            if progress["in_a_row"] == PATIENCE:
-                steps = f"{PATIENCE} steps in a row, up to step {step}"
-                raise UserError(f"--lr {args.lr:g}: nothing finite in {steps}, and none applied; try less")
+            entry = journal.end(step, norm, loss, lr, sent) | (noted or {})
+            if step == args.steps or is_due(step, args.eval_every):
+                ending = f", {journal.status(loss)}, {journal.time_left()} left"
+                journal.metrics = validate(plan, engine, step, ending)
+                entry |= journal.metrics
+            journal.write(entry, loss)
             if stop:
                 break
-            if args.save_every and step % args.save_every == 0 and step < args.steps:
+            if step < args.steps and is_due(step, args.save_every):
                 save(plan, engine)
-    phases.append(phase.end())
-    return phases, metrics
+    journal.end_phase()
 
 
-def keep_count(plan, phase, step, norm, loss, lr, sent):
-    """Bring plan.progress up to date. Returns the step's entry in log.jsonl."""
-    args, progress = plan.args, plan.progress
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    progress["step"] = step
-    progress["seen"] += args.batch_size * plan.data.items_per_row
-    progress["skipped"] += not finite
-    progress["in_a_row"] = 0 if finite else progress["in_a_row"] + 1
-    progress["flops"] += phase.flops
-    progress["sent_bytes"] += round(sent / args.workers)
-    entry = {"step": step, "loss": loss if finite else None, "lr": lr, "grad_norm": norm if finite else None}
-    entry |= {"step_ms": phase.milliseconds[-1], plan.data.items: progress["seen"]}
-    entry |= {"flops": progress["flops"], "sent_bytes": progress["sent_bytes"]}
-    if not finite:
-        entry["skipped"] = progress["skipped"]
-    return entry
+def is_due(step, every):
+    """Is it time for what happens every so many steps? 0: never."""
+    return every > 0 and step % every == 0
 
 
 def validate(plan, engine, step, ending=""):
@@ -373,40 +345,48 @@ def save(plan, engine):
     checkpoint.save(engine, known, buffers, Path(args.out))
 
 
+def check_agreement(plan, mask):
+    """Raises UserError where processes differ in what must be the same."""
+    own = ("out", "data_dir", "resume")  # paths may differ
+    facts = {f"--{flag}": value for flag, value in vars(plan.args).items() if flag not in own}
+    facts["an --out"] = bool(plan.args.out)
+    facts["torch's version"] = torch.__version__
+    facts["the data's checksum"] = plan.fingerprint
+    facts["the masks' checksum"] = zlib.crc32(mask.tobytes())
+    facts["the checkpoint's checksum"] = plan.saved and plan.saved["checksum"]
+    launch.check_same_everywhere(facts)
+
+
 def run(plan, mask, mode, device, store, engine_class, before_step):
     """What the flags ask for, in all processes together."""
-    args, saved, rank_0 = plan.args, plan.saved, dist.get_rank() == 0
-    out = Path(args.out) if args.out and rank_0 else None
+    args, is_first = plan.args, dist.get_rank() == 0
     args.dtype = args.dtype or launch.default_dtype(device)
-    facts = {f"--{k}": v for k, v in vars(args).items() if k not in ("out", "data_dir", "resume")}
-    facts |= {"an --out": bool(args.out), "torch's version": torch.__version__}
-    facts |= {"the data's checksum": plan.fingerprint, "the masks' checksum": zlib.crc32(mask.tobytes())}
-    launch.check_same_everywhere(facts | {"the checkpoint's checksum": saved and saved["checksum"]})
+    check_agreement(plan, mask)
     machines = launch.machines_alike(needed=args.assign == "machine")
     args.machines = args.machines or machines
     engine = make_engine(plan, mask, mode, device, engine_class, machines)
-    if rank_0:
+    if is_first:
         report.announce(plan, mask, device)
     plan.data = plan.data.to(device)
     if plan.progress["step"] == args.steps:
         validate(plan, engine, args.steps)
         return launch.shut_down()
-    if out:
-        checkpoint.clear_folder(out, saved)  # only now, when all processes agree
+    if args.out and is_first:
+        checkpoint.clear_folder(Path(args.out), plan.saved)  # only now, when all processes agree
     with (
         launch.catch_signals(signal.SIGINT, signal.SIGTERM) as caught,
-        report.open_records(args, saved) as record,
+        report.open_records(args, plan.saved) as record,
     ):
-        phases, metrics = train(plan, engine, store, caught, record, before_step)
-        finished = plan.progress["step"] == args.steps
+        journal = Journal(plan, engine, store, record)
+        train(plan, engine, journal, caught, before_step)
+        is_finished = plan.progress["step"] == args.steps
         save(plan, engine)  # before anything else can fail
-        if finished:
-            report.print_results(plan, engine, mask, phases, metrics)
+        if is_finished:
+            report.print_results(plan, engine, mask, journal.phases, journal.metrics)
         launch.shut_down()
-    if rank_0 and not finished:
-        print(
-            f"stopped by a signal after step {plan.progress['step']}{'; --resume continues' if out else ''}"
-        )
+    if is_first and not is_finished:
+        remedy = "; --resume continues" if args.out else ""
+        print(f"stopped by a signal after step {plan.progress['step']}{remedy}")
 
 
 def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):

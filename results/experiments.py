@@ -85,122 +85,104 @@ DENSE = (("--drop-path 0.1", "--drop-path 0.2", "--dropout 0.1", "--dropout 0.2"
 MASKED = (("--workers 8", "--resample 100", "--drop-path 0.1", "--dropout 0.1"), DECAY, RATE)
 DENSE_NEW = (("--dropout 0.1",), ("--weight-decay 0.3",), RATE)
 MASKED_NEW = (("--resample 100",), ("--weight-decay 0.3",), RATE)
-ROUNDS_IMAGES = (("--weight-decay 2e-3", "--weight-decay 5e-3"),)  # beside the default, 5e-4
+IMAGES = (("--weight-decay 2e-3", "--weight-decay 5e-3"),)  # beside the default, 5e-4
 
 # Flags of arms, then of experiments.
 SMALL = "--mask none --layers 3"
-ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2"  # a model with the rows of one worker
+ONE_WORKER = f"{SMALL} --workers 1 --batch-size 2 --eval-batches"  # of 2 rows each: four times the others'
 NEURONS, BLOCKS = "--mask forward --units neuron --resample 10", "--mask forward --resample 10"
 ENDS = f"{BLOCKS} --keep ends --coverage 0.25"  # for the costs of C = 1/2 without kept blocks
 GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
-REPEATED = f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20"
-SEVERAL = f"{GPT} --steps 2000 --eval-every 200 --eval-batches 80"
-NEW = f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100"
-IMAGES = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
+RESNET = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
 
-
-def dense_arms(rounds):
-    return {"dense": Arm("--mask none", rounds), "small dense": Arm(SMALL, rounds)}
-
-
-def four_small(rounds, own_batches):
-    """Models that are averaged; own_batches: the --eval-batches that, of 2 rows each, are as many rows as the
-    others have."""
-    return {"4 small dense": Arm(f"{ONE_WORKER} --eval-batches {own_batches}", rounds, members=4)}
-
-
-REPEATED_ARMS = {"forward, neurons": Arm(NEURONS, MASKED), "forward, blocks": Arm(BLOCKS, MASKED)}
-NEW_ARMS = {  # other masks, and dense models of other sizes, which cut networks are compared with
-    "forward, neurons": Arm(NEURONS, MASKED_NEW),
-    "forward, blocks": Arm(BLOCKS, MASKED_NEW),
-    "forward, ends kept": Arm(ENDS, MASKED_NEW),
-    "forward, third or all": Arm(f"{NEURONS} --capacity 1,1,1,3", MASKED_NEW),
-    "backward, blocks": Arm("--mask backward", MASKED_NEW),
-    "1 layer": Arm("--mask none --layers 1", DENSE_NEW),
-    "2 layers": Arm("--mask none --layers 2", DENSE_NEW),
-    "4 layers": Arm("--mask none --layers 4", DENSE_NEW),
-}
 EXPERIMENTS = {
     "repeated": Experiment(
         partial(write_texts, source="lib2to3/fixes"),
         "--data text --data-dir datasets/repeated/{part}.txt",
-        REPEATED,
-        dense_arms(DENSE) | four_small(DENSE, 80) | REPEATED_ARMS,
+        f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20",
+        {
+            "dense": Arm("--mask none", DENSE),
+            "small dense": Arm(SMALL, DENSE),
+            "4 small dense": Arm(f"{ONE_WORKER} 80", DENSE, members=4),
+            "forward, neurons": Arm(NEURONS, MASKED),
+            "forward, blocks": Arm(BLOCKS, MASKED),
+        },
     ),
     "several": Experiment(  # 2.4 epochs of ten times as much text
         partial(write_texts, source="", size=1_060_000),
         "--data text --data-dir datasets/several/{part}.txt",
-        SEVERAL,
-        dense_arms((RATE,)) | {"forward, ends kept": Arm(f"{ENDS} --resample 100", (RATE,))},
+        f"{GPT} --steps 2000 --eval-every 200 --eval-batches 80",
+        {
+            "dense": Arm("--mask none", (RATE,)),
+            "small dense": Arm(SMALL, (RATE,)),
+            "forward, ends kept": Arm(f"{ENDS} --resample 100", (RATE,)),
+        },
     ),
     "new": Experiment(  # a tenth of an epoch
         partial(write_texts, source=""),
         "--data text --data-dir datasets/new/{part}.txt",
-        NEW,
-        dense_arms(DENSE_NEW) | four_small(DENSE_NEW, 400) | NEW_ARMS,
+        f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100",
+        {
+            "dense": Arm("--mask none", DENSE_NEW),
+            "small dense": Arm(SMALL, DENSE_NEW),
+            "4 small dense": Arm(f"{ONE_WORKER} 400", DENSE_NEW, members=4),
+            "forward, neurons": Arm(NEURONS, MASKED_NEW),
+            "forward, blocks": Arm(BLOCKS, MASKED_NEW),
+            "forward, ends kept": Arm(ENDS, MASKED_NEW),
+            "forward, third or all": Arm(f"{NEURONS} --capacity 1,1,1,3", MASKED_NEW),
+            "backward, blocks": Arm("--mask backward", MASKED_NEW),
+            "1 layer": Arm("--mask none --layers 1", DENSE_NEW),
+            "2 layers": Arm("--mask none --layers 2", DENSE_NEW),
+            "4 layers": Arm("--mask none --layers 4", DENSE_NEW),
+        },
     ),
     "images": Experiment(  # dense runs see 5 epochs, the others 20, for about the same FLOPs
         write_images,
         "--data cifar10 --data-dir datasets/images/{part}",
-        IMAGES,
+        RESNET,
         {
-            "dense": Arm("--mask none --width 16 --epochs 5", ROUNDS_IMAGES),
-            "small dense": Arm("--mask none --width 8 --epochs 20", ROUNDS_IMAGES),
-            "forward, neurons": Arm("--mask forward --units neuron --width 16 --epochs 20", ROUNDS_IMAGES),
-            "forward, blocks": Arm("--mask forward --width 16 --epochs 20", ROUNDS_IMAGES),
+            "dense": Arm("--mask none --width 16 --epochs 5", IMAGES),
+            "small dense": Arm("--mask none --width 8 --epochs 20", IMAGES),
+            "forward, neurons": Arm("--mask forward --units neuron --width 16 --epochs 20", IMAGES),
+            "forward, blocks": Arm("--mask forward --width 16 --epochs 20", IMAGES),
         },
         score="error",
     ),
 }
-FLAGS = (
-    ("--jobs", at_least(1), 1, "runs at a time, each with one thread"),
-    ("--table", bool, False, "only print the table of what is there"),
-)
+FLAGS = [("--jobs", at_least(1), 1, "runs at a time, each with one thread")]
 
 
-class Run(NamedTuple):
-    """A run of an arm, or the average of its members: all flags, and where its result and its folder are."""
-
-    flags: list
-    result: Path
-    out: Path
-
-    def read(self):
-        """Its result, a dictionary, or None where it is not there. Raises UserError where that is of other
-        flags."""
-        if not self.result.exists():
-            return None
-        result = json.loads(self.result.read_text())
-        if result["flags"] != self.flags:
-            raise UserError(f"{self.result}: was trained with other flags than those of today; remove it")
-        return result
-
-    def write(self, result):
-        """Write a result, whole or not at all."""
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        part = self.result.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(self.result)
+def name_of(arm, flags, seed):
+    return "-".join(f"{arm} {flags} {seed}".replace("--", "").replace(",", "").split())
 
 
-def find_run(experiment, arm, flags, seed, average=False):
-    """The Run of an arm with more flags and a seed, or an average, with the flags of its first member."""
-    definition = EXPERIMENTS[experiment]
-    words = f"{'average' if average else ''} {arm} {flags} {seed}"
-    name = "-".join(words.replace("--", "").replace(",", "").split())
-    first = seed * definition.arms[arm].members if average else seed
+def read_result(path, flags):
+    """What a run has left. Raises UserError where it was trained with other flags."""
+    result = json.loads(path.read_text())
+    if result["flags"] != flags:
+        raise UserError(f"{path}: was trained with other flags than those of today; remove it")
+    return result
+
+
+def write_result(path, result):
+    """Write it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def run_once(experiment, arm, flags, seed):
+    """The result of an arm's run with more flags. It is trained unless its file is there."""
+    definition, name = EXPERIMENTS[experiment], name_of(arm, flags, seed)
     data = definition.data.format(part="tune" if seed == TUNING_SEED else "report")
-    all_flags = f"{definition.flags} {definition.arms[arm].flags} {flags} --seed {first} {data}".split()
-    return Run(all_flags, Path("results", experiment, f"{name}.json"), Path("runs", experiment, name))
-
-
-def train_missing(experiment, arm, flags, seed):
-    """Train a run, and write its result, unless that is there."""
-    run = find_run(experiment, arm, flags, seed)
-    if run.read() is None:
-        train(run.flags, run.out)
-        about = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": run.flags}
-        run.write(about | {"versions": versions()} | read_out(run.out))
+    all_flags = f"{definition.flags} {definition.arms[arm].flags} {flags} --seed {seed} {data}".split()
+    path, out = Path("results", experiment, f"{name}.json"), Path("runs", experiment, name)
+    if not path.exists():
+        train(all_flags, out)
+        about = {"arm": arm, "seed": seed, "tuning": seed == TUNING_SEED, "flags": all_flags}
+        write_result(path, about | {"versions": versions()} | read_out(out))
+    return read_result(path, all_flags)
 
 
 def train(flags, out):
@@ -227,37 +209,32 @@ def scores(experiment, result):
     return [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in curve]
 
 
-def tune(experiment, arm, train_them=False):
-    """(the best flags, the result of their run); or, where runs are missing and are not to be trained,
-    (the best flags so far, None)."""
-    flags = ""
+def run_arm(experiment, arm):
+    """Tune an arm, and run what is best with each seed. Returns (the best flags, the result of their tuning
+    run, those of the seeds)."""
+    flags, members = "", EXPERIMENTS[experiment].arms[arm].members
     for options in ((), *EXPERIMENTS[experiment].arms[arm].rounds):
         results = {}
         for candidate in [flags, *(f"{flags} {option}".strip() for option in options)]:
-            if train_them:
-                train_missing(experiment, arm, candidate, TUNING_SEED)
-            results[candidate] = find_run(experiment, arm, candidate, TUNING_SEED).read()
-        if None in results.values():
-            return flags, None
+            results[candidate] = run_once(experiment, arm, candidate, TUNING_SEED)
         flags = min(results, key=lambda candidate: min(scores(experiment, results[candidate])))
-    return flags, results[flags]
+    if members > 1:
+        reported = [average_once(experiment, arm, flags, seed, members) for seed in SEEDS]
+    else:
+        reported = [run_once(experiment, arm, flags, seed) for seed in SEEDS]
+    return flags, results[flags], reported
 
 
-def run_arm(experiment, arm):
-    """Tune an arm, and run what is best with each seed."""
-    flags, _ = tune(experiment, arm, train_them=True)
-    members = EXPERIMENTS[experiment].arms[arm].members
-    for seed in SEEDS:
-        member_seeds = range(seed * members, (seed + 1) * members)
-        for each in member_seeds:
-            train_missing(experiment, arm, flags, each)
-        average = find_run(experiment, arm, flags, seed, average=True)
-        if members > 1 and average.read() is None:
-            runs = [find_run(experiment, arm, flags, each) for each in member_seeds]
-            first = runs[0].read()
-            loss = averaged_loss([run.out for run in runs])
-            curve = [first["curve"][-1] | {"val_loss": loss, "val_accuracy": None}]
-            average.write(first | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
+def average_once(experiment, arm, flags, seed, members):
+    """The result of so many runs whose predictions are averaged, as if they were one run."""
+    seeds = range(seed * members, (seed + 1) * members)
+    first, *_ = [run_once(experiment, arm, flags, each) for each in seeds]
+    path = Path("results", experiment, f"average-{name_of(arm, flags, seed)}.json")
+    if not path.exists():
+        loss = averaged_loss([Path("runs", experiment, name_of(arm, flags, each)) for each in seeds])
+        curve = [first["curve"][-1] | {"val_loss": loss, "val_accuracy": None}]
+        write_result(path, first | {"arm": f"{arm}, averaged", "seed": seed, "curve": curve})
+    return read_result(path, first["flags"])
 
 
 @torch.no_grad()
@@ -277,14 +254,12 @@ def spread(numbers):
 
 
 def row(experiment, name):
-    """The row of an arm in the table; of dashes where runs are missing or were given up. Costs are those
-    before tuning, so that regularisers do not hide what masks save: FLOPs of the run, and otherwise of a
-    step."""
+    """The row of an arm in the table; of dashes where runs were given up. Costs are those before tuning, so
+    that regularisers do not hide what masks save: FLOPs of the run, and otherwise of a step."""
     arm = EXPERIMENTS[experiment].arms[name]
-    flags, best = tune(experiment, name)
-    results = [find_run(experiment, name, flags, seed, arm.members > 1).read() for seed in SEEDS]
-    own, dense = (find_run(experiment, each, "", TUNING_SEED).read() for each in (name, "dense"))
-    if not all(result and result["curve"] for result in (best, own, dense, *results)):
+    flags, best, results = run_arm(experiment, name)
+    own, dense = (run_once(experiment, each, "", TUNING_SEED) for each in (name, "dense"))
+    if not all(result["curve"] for result in (best, own, dense, *results)):
         return f"| {name} | - | - | - | - | - | - |"
     tuning, curves = scores(experiment, best), [scores(experiment, result) for result in results]
     costs = [own["costs"][key] / dense["costs"][key] for key in COST_KEYS[:2]]
@@ -312,10 +287,9 @@ def main(argv=None):
     parser.add_argument("name", choices=tuple(EXPERIMENTS), help="of the experiment")
     args = parser.parse_args(argv)
     try:
-        if not args.table:
-            EXPERIMENTS[args.name].prepare(Path("datasets", args.name))
-            with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda arm: run_arm(args.name, arm), EXPERIMENTS[args.name].arms))
+        EXPERIMENTS[args.name].prepare(Path("datasets", args.name))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(partial(run_arm, args.name), EXPERIMENTS[args.name].arms))
         print(table(args.name))
     except (UserError, OSError) as error:
         parser.error(str(error))

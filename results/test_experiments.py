@@ -1,6 +1,7 @@
 """The rules of the trials, on invented runs; one real run; and the tables of results/README.md."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -73,13 +74,13 @@ def test_tuning_keeps_what_is_best_and_reports_on_another_text(trial, monkeypatc
     experiments.main([trial])
     assert len(calls) == 17  # nothing is trained again
     Path("results/trial/dense-dropout-0.1-1.json").unlink()
-    experiments.main([trial, "--table"])
-    assert len(calls) == 17 and "| dense | - |" in capsys.readouterr().out
+    shutil.rmtree("runs/trial/dense-dropout-0.1-1")
+    experiments.main([trial])
+    assert len(calls) == 18 and dense in capsys.readouterr().out  # what was missing is trained
     monkeypatch.setitem(EXPERIMENTS, "trial", EXPERIMENTS["trial"]._replace(flags="--steps 9"))
-    for flags in ([], ["--table"]):
-        with pytest.raises(SystemExit):
-            experiments.main([trial, *flags])
-        assert "was trained with other flags" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        experiments.main([trial])
+    assert "was trained with other flags" in capsys.readouterr().err
 
 
 def test_texts_share_what_is_learnt(tmp_path):
@@ -111,20 +112,18 @@ def test_images_share_what_is_learnt(tmp_path, monkeypatch):
 def test_a_run_that_was_given_up_is_the_worst(trial, monkeypatch):
     """A learning rate with which nothing stays finite ends a run, and not the trial."""
     experiments.write_texts(Path("datasets/trial"), "asyncio")
-    experiments.train_missing(trial, "dense", "--lr 1e30 --steps 20 --warmup 0", experiments.TUNING_SEED)
-    run = experiments.find_run(trial, "dense", "--lr 1e30 --steps 20 --warmup 0", experiments.TUNING_SEED)
-    assert run.read()["curve"] == [] and experiments.scores(trial, run.read()) == [np.inf]
+    wild = "--lr 1e30 --steps 20 --warmup 0"
+    result = experiments.run_once(trial, "dense", wild, experiments.TUNING_SEED)
+    assert result["curve"] == [] and experiments.scores(trial, result) == [np.inf]
 
 
 def test_a_real_run_and_an_average(trial, monkeypatch, alone):
     """The mean of two models' probabilities, against the models themselves."""
     experiments.write_texts(Path("datasets/trial"), "asyncio")
     with pytest.raises(UserError, match="train.py .*--no-flag .*unrecognized"):
-        experiments.train_missing(trial, "two", "--no-flag", 0)
+        experiments.run_once(trial, "two", "--no-flag", 0)
     monkeypatch.setattr(experiments, "train", lambda flags, out: train.main([*flags, "--out", str(out)]))
-    for seed in (0, 1):
-        experiments.train_missing(trial, "two", "", seed)
-    results = [experiments.find_run(trial, "two", "", seed).read() for seed in (0, 1)]
+    results = [experiments.run_once(trial, "two", "", seed) for seed in (0, 1)]
     assert [entry["step"] for entry in results[0]["curve"]] == [2] and results[0]["costs"]["flops"] > 0
     outs = [Path(f"runs/trial/two-{seed}") for seed in (0, 1)]
     text = np.fromfile("datasets/trial/report.txt", np.uint8)
@@ -141,6 +140,7 @@ def test_a_real_run_and_an_average(trial, monkeypatch, alone):
 def test_results_are_those_of_the_files(name, monkeypatch):
     """Each arm has as many tuning runs, and the table of an experiment stands in results/README.md."""
     monkeypatch.chdir(HERE)
+    monkeypatch.delattr(experiments, "train")  # nothing is missing
     tried = {sum(map(len, arm.rounds)) for arm in EXPERIMENTS[name].arms.values()}
     assert len(tried) == 1
     assert experiments.table(name) in Path("results/README.md").read_text()

@@ -16,8 +16,9 @@ import train
 from data import load_batches
 from masks import UserError, assign
 from scripts.dense import Dense
-from sdp import SDP, add_up
+from sdp import SDP
 from support import launch
+from support.peers import add_up
 
 ARMS = "ddp,fsdp,none-flat,none,backward-flat,backward,backward-machine,forward-flat,forward,forward-machine"
 FLAGS = (  # name, type or choices, default, meaning; some take the place of a flag of train.py

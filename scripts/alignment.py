@@ -1,7 +1,6 @@
 """Train like train.py, and compare gradients with the whole model's: python -m scripts.alignment"""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch.distributed as dist
 
 import train
 from masks import UserError, assign
-from sdp import add_up
-from support.launch import at_least, make_parser
+from support.launch import at_least, make_parser, rank
+from support.peers import add_up
 
 
 def cyclic(units, workers, holders, seed=0, mask_number=0):
@@ -80,7 +79,7 @@ def main(argv=None):
         return {"alignment": found[-1]}
 
     train.main(rest, assign=cyclic if own.cyclic else assign, before_step=before_step)
-    if found and os.environ.get("RANK", "0") == "0":
+    if found and rank() == 0:
         means = {}  # over the steps and the workers; None becomes NaN
         for of, by_layer in found[0].items():
             values = {layer: np.array([each[of][layer] for each in found], float) for layer in by_layer}

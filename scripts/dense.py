@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from sdp import add_up
 from support.costs import ring_half
+from support.peers import add_up
 
 
 def local_shard(tensor):
@@ -20,23 +20,13 @@ class Dense:
     """The whole model on every process by DDP, or in shards by FSDP. Each process is one worker."""
 
     def __init__(
-        self,
-        build,
-        initial_value,
-        optimizer,
-        units,
-        mask,
-        mode,
-        dtype,
-        device="cpu",
-        layout=None,
-        weights=None,
+        self, build, initial_value, optimizer, units, mask, mode, dtype, device="cpu", layout=None, weights=()
     ):
         """As of sdp.SDP, but mode: ddp or fsdp. units, mask and layout are not used."""
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.build, self.dtype, self.device, self.sharded = build, dtype, torch.device(device), mode == "fsdp"
         self.workers, self.traffic = {self.rank: self}, Counter()
-        self.weights, self.passes, self.passes_left = weights or [1.0] * self.processes, 1, 1
+        self.weights, self.passes_left = weights or [1.0] * self.processes, 1
         self.model = self.make_module(self.rank)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.blocks = [sum(p.numel() for p in block.parameters()) for block in self.model.blocks.values()]
@@ -71,7 +61,7 @@ class Dense:
     @contextmanager
     def turn(self, worker, passes=1):
         """Traffic is computed, for a ring. FSDP gathers blocks twice in each pass, and the rest once."""
-        self.passes = self.passes_left = passes
+        self.passes_left = passes
         yield self.wrapped
         gathered = passes * (self.params + sum(self.blocks)) if self.sharded else self.params
         self.traffic["pull"] += ring_half(gathered, self.processes, self.dtype)

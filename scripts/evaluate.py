@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from masks import UserError
 from scripts.cut import check_coverage, choose, cut, units_to_cut
-from scripts.export import load_model
+from scripts.export import model_of
 from support import checkpoint, launch
 from support.evaluation import calibration_images, estimate_statistics, evaluate
 from train import FLAGS, load, make_config
@@ -64,7 +64,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         data = load(args.data, args.data_dir, args.context, args.eval_batches * args.batch_size)
         make_config(args, data, saved)  # raises where the data does not fit
-        model = load_model(args.checkpoint)
+        model = model_of(saved)
         device, _ = launch.start("auto", args.timeout)
     except UserError as error:
         parser.error(str(error))

@@ -25,7 +25,11 @@ from train import FLAGS
 
 def load_model(path):
     """The whole model of a checkpoint, on the CPU and ready to be evaluated. Raises UserError."""
-    saved = checkpoint.read_checkpoint(path)
+    return model_of(checkpoint.read_checkpoint(path))
+
+
+def model_of(saved):
+    """The same, of a checkpoint that has been read."""
     with torch.device("meta"):
         model = build(saved["config"])
     model.load_state_dict(saved["model"], assign=True)
@@ -34,8 +38,8 @@ def load_model(path):
 
 def read(args):
     """The model that the flags ask for: the whole one, or a part of it. Raises UserError."""
-    units = units_to_cut(args, checkpoint.read_checkpoint(args.checkpoint))
-    model = load_model(args.checkpoint)
+    saved = checkpoint.read_checkpoint(args.checkpoint)
+    units, model = units_to_cut(args, saved), model_of(saved)
     if units:
         model = cut(model, units, choose(units, args.coverage, args.seed))
     if units and any(isinstance(module, BatchNorm) for module in model.modules()):

@@ -28,7 +28,6 @@ FLAGS = (
     ("--gbit", whole_numbers, "25,100,400", "network rates of a machine, in each direction, in Gbit/s"),
     ("--tflops", at_least(0.001, float), 400.0, "TFLOP/s that a GPU achieves"),
     ("--tokens", at_least(1), 16384, "tokens of each GPU in a step"),
-    ("--plot", str, None, "draw the ratios into this .svg file (needs matplotlib)"),
 )
 
 
@@ -62,7 +61,7 @@ def computing_seconds(scheme, params, held, tokens, tflops):
 
 
 def table(args):
-    """(lines to print, {scheme: its ratio at each rate}). Raises UserError."""
+    """The lines to print. Raises UserError."""
     with torch.device("meta"):
         whole = build(GPTConfig(**SIZES["gpt"][args.size], vocabulary=args.vocabulary))
     params, workers = sum(parameter.numel() for parameter in whole.parameters()), args.machines * args.gpus
@@ -71,40 +70,25 @@ def table(args):
     union = held_share(shared, args.coverage, workers, args.gpus)
     first = f"P = {params:,}, S = {shared:.3f}, H = {held:.3f} (by machine {by_machine:.3f}), U = {union:.3f}"
     titles = f"{'scheme':<20}{'MB a machine':>13}{'MB a link':>11}{'computing, s':>14}"
-    lines, ratios = [first, titles + "".join(f"{rate:>5} Gbit/s, s  ratio" for rate in args.gbit)], {}
+    lines = [first, titles + "".join(f"{rate:>5} Gbit/s, s  ratio" for rate in args.gbit)]
     for scheme in SCHEMES:
         sent = sent_by_machine(scheme, 2 * params, shared, args.coverage, args.machines, args.gpus)
         own = by_machine if scheme.endswith("by machine") else held
         computing = computing_seconds(scheme, params, own, args.tokens, args.tflops)
-        seconds = [sent * 8 / (rate * 1e9) for rate in args.gbit]
-        ratios[scheme] = [each / computing for each in seconds]
         line = f"{scheme:<20}{sent / 1e6:>13,.3f}{sent / args.gpus / 1e6:>11,.3f}{computing:>14.3g}"
-        lines.append(line + "".join(f"{s:>15.3g}{r:>7.2f}" for s, r in zip(seconds, ratios[scheme])))
-    return lines, ratios
-
-
-def plot(path, ratios, rates):
-    """Draw the ratios, {scheme: [one a rate]}, on a logarithmic scale. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: needs matplotlib: pip install matplotlib") from None
-    figure = Figure((8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogx([ratios[s] for s in SCHEMES], SCHEMES, "o", label=[f"{rate} Gbit/s" for rate in rates])
-    axes.set_xlabel("seconds of communication / seconds of computing, by arithmetic")
-    axes.legend()
-    figure.savefig(path, format="svg")
+        for rate in args.gbit:
+            seconds = sent * 8 / (rate * 1e9)
+            line += f"{seconds:>15.3g}{seconds / computing:>7.2f}"
+        lines.append(line)
+    return lines
 
 
 def main(argv=None):
     parser = make_parser(__doc__, FLAGS)
     args = parser.parse_args(argv)
     try:
-        lines, ratios = table(args)
-        if args.plot:
-            plot(args.plot, ratios, args.gbit)
-    except (UserError, OSError) as error:
+        lines = table(args)
+    except UserError as error:
         parser.error(str(error))
     print(*lines, NOTES.format(**vars(args)), sep="\n")
 

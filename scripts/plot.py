@@ -1,4 +1,4 @@
-"""Draw loss against costs, or step times between machines, as SVG: python -m scripts.plot PATH..."""
+"""Draw the validation loss of runs against what they cost, as SVG: python -m scripts.plot PATH..."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,12 @@ import numpy as np
 from masks import UserError
 from support.launch import make_parser
 
-FLAGS = (("--machines", bool, False, "times of results.wire"), ("--out", str, "loss.svg", "file to write"))
+FLAGS = [("--out", str, "loss.svg", "file to write")]
 CURVE_KEYS = ("step", "val_loss", "val_accuracy", "flops", "sent_bytes")  # of log.jsonl
 COST_KEYS = ("weight_bytes", "activation_bytes", "flops")  # of a worker in summary.json
 COSTS = {"step": (1, "steps"), "flops": (1e12, "TFLOP of a worker")}  # {key: (unit, title of its panel)}
 COSTS["sent_bytes"] = (1e9, "GB sent by a worker")
 COSTS["memory_bytes"] = (1e6, "MB: weights, activations")
-WAYS = {"-flat": ", flat", "": ", two levels", "-machine": ", by machine"}
-ENGINES = {"ddp": "DDP", "fsdp": "FSDP2", "none-flat": "no mask, flat", "none": "no mask, two levels"}
-ENGINES |= {mask + way: mask + WAYS[way] for mask in ("backward", "forward") for way in WAYS}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.xmargin": 0.12}
 STYLE |= {"lines.linewidth": 1, "lines.markersize": 3, "svg.fonttype": "none", "svg.hashsalt": "plot"}
 
@@ -45,21 +42,14 @@ def read_run(path):
     return (run["arm"], tuple(entry["step"] for entry in curve)), seed, numbers
 
 
-def read_times(path):
-    """((Mbit/s, machines), seed, [step time of each of ENGINES, in parts of DDP's]), of results.wire."""
-    flags, arms = (json.loads(path.read_text())[key] for key in ("flags", "arms"))
-    machines = f"{flags['machines']} machines of {flags['processes']} workers"
-    return (flags["mbit"], machines), flags["seed"], [arms[each]["step_ms_vs_ddp"] for each in ENGINES]
-
-
-def read_all(paths, read):
-    """{group: numbers [seeds, ...]}; read(path) gives the group, seed and numbers of a run."""
+def read_all(paths):
+    """{(arm, steps): numbers [seeds, validations, (val_loss, *COSTS)]} of runs, and of folders of runs."""
     groups = {}
     for file in [file for path in paths for file in sorted(path.glob("*.json")) or [path]]:
         try:
-            group, seed, numbers = read(file)
+            group, seed, numbers = read_run(file)
         except (ValueError, LookupError, TypeError, IsADirectoryError) as error:
-            raise UserError(f"{file}: is not a run of this kind, or has no validation") from error
+            raise UserError(f"{file}: is no run, or has no validation") from error
         if seed in groups.get(group, {}):
             raise UserError(f"{file}: is the same run as another, with seed {seed}")
         if seed is not None:
@@ -69,7 +59,7 @@ def read_all(paths, read):
     return {group: np.array(list(runs.values()), dtype=float) for group, runs in groups.items()}
 
 
-def draw_loss(figure, arms):
+def draw(figure, arms):
     """Validation loss against each cost: the mean of the seeds, in a band from lowest to highest."""
     known = {key for runs in arms.values() for key, cost in zip(COSTS, runs.T[1:]) if np.isfinite(cost).any()}
     shown = [key for key in COSTS if key in known]  # one process sends nothing
@@ -89,39 +79,18 @@ def draw_loss(figure, arms):
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
-def draw_times(figure, times):
-    """Step times, a panel a link: the median of the runs, with whiskers from lowest to highest."""
-    rates, sizes = (sorted(set(names)) for names in zip(*times))
-    panels = figure.subplots(1, len(rates), sharex=True, sharey=True, squeeze=False)[0]
-    height, shortest = 0.8 / len(sizes), []
-    for (rate, size), runs in sorted(times.items()):  # runs: [seeds, engines]
-        axes, color = panels[rates.index(rate)], ("#9ecae1", "#2171b5", "#08306b")[sizes.index(size) % 3]
-        link = f"{rate / 1000:g} Gbit/s" if rate >= 1000 else f"{rate or 'unlimited'} Mbit/s"
-        low, middle, high = runs.min(axis=0), np.median(runs, axis=0), runs.max(axis=0)
-        shortest.append((middle.min(), link, list(ENGINES.values())[middle.argmin()]))
-        y = np.arange(len(ENGINES)) + (sizes.index(size) + 0.5) * height - 0.4
-        bars = axes.barh(y, middle, height, xerr=[middle - low, high - middle], label=size, color=color)
-        axes.bar_label(bars, fmt="%.2f", padding=3, bbox={"color": "white", "pad": 0})
-        axes.axvline(1, color="0.5")
-        axes.set(title=f"{link} between machines", xlabel="step time / DDP's: median, lowest, highest")
-    axes.set(yticks=range(len(ENGINES)), yticklabels=ENGINES.values(), ylim=(len(ENGINES) - 0.5, -0.5))
-    axes.legend(loc="lower right", frameon=False)
-    figure.suptitle("A step takes as little as {:.2f} of DDP's time at {}: {}".format(*min(shortest)))
-
-
 def main(argv=None):
     parser = make_parser(__doc__, FLAGS)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or a folder of runs")
     args = parser.parse_args(argv)
-    read, draw = (read_times, draw_times) if args.machines else (read_run, draw_loss)
     try:
         if not args.out.endswith(".svg"):
             raise UserError(f"--out {args.out}: must end in .svg")
         from matplotlib import figure, rcParams
 
         rcParams.update(STYLE)
-        page = figure.Figure((9.3, 5.4) if args.machines else (12.5, 3.2), layout="constrained")
-        draw(page, read_all(args.paths, read))
+        page = figure.Figure((12.5, 3.2), layout="constrained")
+        draw(page, read_all(args.paths))
         page.savefig(args.out, format="svg", metadata={"Date": None})
         print(f"wrote {args.out}")
     except ImportError:

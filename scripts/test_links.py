@@ -1,6 +1,5 @@
 """The formulas of links.py against counts value by value, in dealt masks and in rings; and what it prints."""
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -140,14 +139,6 @@ def test_the_table_of_the_defaults_stands_in_the_results(capsys):
     assert "\n".join(lines) in (HERE / "results" / "README.md").read_text()
 
 
-def test_plot(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    links.main([*TINY, "--plot", str(tmp_path / "links.svg")])
-    text = (tmp_path / "links.svg").read_text()
-    assert text.startswith("<?xml") and "</svg>" in text
-    assert "/nowhere/links.svg" in error_of(capsys, *TINY, "--plot", "/nowhere/links.svg")
-
-
 # ---- bad input
 
 
@@ -164,17 +155,10 @@ def error_of(capsys, *arguments):
 
 BAD = ["--machines 1", "--machines x", "--gpus 0", "--size 7b", "--vocabulary 0", "--coverage 0"]
 BAD += ["--coverage 1.5", "--coverage nan", "--coverage 0.2", "--gbit 0", "--gbit 25,,100", "--gbit fast"]
-BAD += ["--tflops 0", "--tflops inf", "--tokens 0", "--plot", "--mask none"]
+BAD += ["--tflops 0", "--tflops inf", "--tokens 0", "--mask none"]
 
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_flags_end_with_one_line(capsys, flags):
     """A coverage of 0.2 gives a unit no machine of 2."""
     assert flags.split()[0] in error_of(capsys, *TINY, *flags.split())
-
-
-def test_plot_without_matplotlib(monkeypatch, capsys, tmp_path):
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)  # is not installed
-    line = error_of(capsys, *TINY, "--plot", str(tmp_path / "links.svg"))
-    assert "--plot: needs matplotlib: pip install matplotlib" in line and not list(tmp_path.iterdir())

@@ -44,17 +44,10 @@ def write_folder(path, losses, seed=0):
     return path
 
 
-def write_times(path, times, mbit=100, processes=2, seed=1):
-    """As results.wire does; times: of each engine, in parts of DDP's."""
-    arms = {engine: {"step_ms": 99.0, "step_ms_vs_ddp": time} for engine, time in zip(ENGINES, times)}
-    flags = {"machines": 2, "processes": processes, "mbit": mbit, "seed": seed, "arms": ENGINES}
-    return write(path, {"torch": "2", "flags": flags, "arms": arms})
-
-
-def drawn(draw, read, *paths):
+def drawn(*paths):
     """The figure, without writing it."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    draw(figure, plot.read_all(paths, read))
+    plot.draw(figure, plot.read_all(paths))
     return figure
 
 
@@ -76,7 +69,7 @@ def test_loss(tmp_path):
     write_run(tmp_path / "many/d.json", [8.0, 3.0], seed=2, memory=7e6)
     write_run(tmp_path / "many/c.json", [9.0, 9.0], seed=100, tuning=True)
     folder = write_folder(tmp_path / "masked", [5.0, 3.0])
-    *panels, memory = drawn(plot.draw_loss, plot.read_run, tmp_path / "many", folder).axes
+    *panels, memory = drawn(tmp_path / "many", folder).axes
     for axes, costs in zip(panels, ([10, 20], [10, 20], [20, 40])):
         assert points(axes.lines[0]) == [(costs[0], 5), (costs[1], 2)]
         band, whisker = axes.collections[:2]
@@ -96,42 +89,18 @@ def test_loss(tmp_path):
 def test_loss_not_finite(tmp_path):
     """It is a gap in the line, not a zero."""
     path = write_run(tmp_path / "a.json", [4.0, None, 2.0])
-    assert points(drawn(plot.draw_loss, plot.read_run, path).axes[0].lines[0]) == [(10, 4), (30, 2)]
+    assert points(drawn(path).axes[0].lines[0]) == [(10, 4), (30, 2)]
 
 
 def test_other_steps(tmp_path):
     """Runs of one arm with other steps are not averaged."""
     paths = [write_run(tmp_path / f"{n}.json", [2.0] * n, seed=n) for n in (1, 2)]
-    lines = drawn(plot.draw_loss, plot.read_run, *paths).axes[0].lines
+    lines = drawn(*paths).axes[0].lines
     assert [points(line) for line in lines] == [[(10, 2)], [(10, 2), (20, 2)]]
 
 
-def test_times(tmp_path):
-    """The median, lowest and highest of three runs, and the places of the bars."""
-    for seed, last in enumerate((0.5, 0.2, 0.4)):
-        write_times(tmp_path / f"a{seed}.json", [1.0] * 9 + [last], seed=seed)
-    write_times(tmp_path / "b.json", [1.0] * 9 + [0.6], processes=4)
-    write_times(tmp_path / "c.json", [1.0] * 9 + [0.3], mbit=1000)
-    figure = drawn(plot.draw_times, plot.read_times, tmp_path)
-    slow, fast = figure.axes
-    few, many = (bars for bars in slow.containers if hasattr(bars, "patches"))
-    assert [bar.get_width() for bar in few] == [1] * 9 + [0.4]
-    assert [bar.get_width() for bar in many] == [1] * 9 + [0.6]
-    assert few.errorbar.lines[2][0].get_segments()[-1][:, 0].tolist() == pytest.approx([0.2, 0.5])
-    for row, (above, below) in enumerate(zip(few, many)):
-        assert above.get_y() < row == pytest.approx(below.get_y())  # the axis points down
-    assert [text.get_text() for text in slow.texts][9::10] == ["0.40", "0.60"]
-    assert [text.get_text() for text in fast.texts][8:] == ["1.00", "0.30"]
-    names = [label.get_text() for label in slow.get_yticklabels()]
-    assert names[:4] == ["DDP", "FSDP2", "no mask, flat", "no mask, two levels"]
-    assert names[-3:] == ["forward, flat", "forward, two levels", "forward, by machine"]
-    assert [axes.get_title()[:10] for axes in figure.axes] == ["100 Mbit/s", "1 Gbit/s b"]
-    title = "A step takes as little as 0.30 of DDP's time at 1 Gbit/s: forward, by machine"
-    assert figure.get_suptitle() == title
-
-
 def test_figure_of_results():
-    """It has the numbers of the files beside it, in the same order."""
+    """That of step times has the numbers of the files beside it, in the same order."""
     expected = []
     for place in ("2x2-100", "2x4-100", "2x2-1000", "2x4-1000"):
         runs = [json.loads((RESULTS / f"machines/{place}-{run}.json").read_text()) for run in (1, 2, 3)]
@@ -143,44 +112,41 @@ def test_figure_of_results():
 
 
 def test_same_bytes(tmp_path):
-    """Of both figures; they have a white ground, for dark pages, and text that stays text."""
+    """It has a white ground, for dark pages, and text that stays text."""
     pytest.importorskip("matplotlib")
-    runs = write_folder(tmp_path / "masked", [5.0, 3.0])
-    times = write_times(tmp_path / "times.json", [1.0] * 10)
-    for name, arguments in (("loss", [runs]), ("machines", ["--machines", times])):
-        texts = []
-        for number in (1, 2):
-            out = tmp_path / f"{name}-{number}.svg"
-            plot.main([*map(str, arguments), "--out", str(out)])
-            texts.append(out.read_text())
-        assert texts[0] == texts[1]
-        assert "fill: #ffffff" in texts[0] and "</text>" in texts[0]
+    run = write_folder(tmp_path / "masked", [5.0, 3.0])
+    texts = []
+    for name in ("1.svg", "2.svg"):
+        plot.main([str(run), "--out", str(tmp_path / name)])
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    assert "fill: #ffffff" in texts[0] and "</text>" in texts[0]
 
 
 # ---- bad input
 
 
 def bad_input(name, folder):
-    """(a path, what the line says); a path that is good for the other figure is bad for this one."""
+    """(a path, what the line says)."""
     if name == "missing":
         return folder / "nowhere", "No such file"
     if name == "empty folder":
-        return folder, "not a run of this kind"
+        return folder, "is no run"
     if name == "stopped run":
         write_folder(folder / "a", [3.0])
         (folder / "a/summary.json").unlink()
-        return folder / "a", "not a run of this kind"
+        return folder / "a", "is no run"
     if name == "not JSON":
         (folder / "a.json").write_text("step 3")
-        return folder / "a.json", "not a run of this kind"
+        return folder / "a.json", "is no run"
     if name == "no validations":
-        return write_run(folder / "a.json", []), "not a run of this kind"
+        return write_run(folder / "a.json", []), "is no run"
     if name == "only tuning":
         return write_run(folder / "a.json", [3.0], tuning=True).parent, "only tuning runs"
     if name == "same seed":
         write_run(folder / "a.json", [3.0])
         return write_run(folder / "b.json", [2.0]).parent, "b.json: is the same run as another"
-    return write_times(folder / "a.json", [1.0] * 10), "not a run of this kind"
+    return write(folder / "a.json", {"torch": "2", "flags": {}, "arms": {}}), "is no run"  # of results.wire
 
 
 NAMES = (
@@ -199,19 +165,8 @@ NAMES = (
 def test_bad_runs(name, tmp_path):
     path, line = bad_input(name, tmp_path)
     with pytest.raises((UserError, OSError), match=line) as error:
-        plot.read_all([path], plot.read_run)
+        plot.read_all([path])
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_times(tmp_path):
-    """A run of training, an engine that is missing, and the same file twice."""
-    good = write_times(tmp_path / "good.json", [1.0] * 10)
-    short = write_times(tmp_path / "short.json", [1.0] * 9)
-    for path in (write_run(tmp_path / "run.json", [3.0]), short):
-        with pytest.raises(UserError, match=f"{path}: is not a run of this kind"):
-            plot.read_all([good, path], plot.read_times)
-    with pytest.raises(UserError, match="good.json: is the same run as another"):
-        plot.read_all([good, good], plot.read_times)
 
 
 def error_of(capsys, *argv):
@@ -232,9 +187,8 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
 def test_errors(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert "nowhere" in error_of(capsys, tmp_path / "nowhere")
-    assert "not a run of this kind" in error_of(capsys, write_run(tmp_path / "a.json", []))
+    assert "is no run" in error_of(capsys, write_run(tmp_path / "a.json", []))
     path = write_run(tmp_path / "a.json", [3.0])
     assert "/nowhere/a.svg" in error_of(capsys, path, "--out", "/nowhere/a.svg")
     assert "--out a.png: must end in .svg" in error_of(capsys, path, "--out", "a.png")
-    assert "not a run of this kind" in error_of(capsys, "--machines", path)
     assert "PATH" in error_of(capsys)

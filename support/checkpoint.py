@@ -18,7 +18,7 @@ import torch.distributed as dist
 from data import DAMAGED
 from masks import UserError
 from model import CONFIGS, build
-from sdp import add_up, peers
+from support.peers import add_up, peers
 
 FORMAT = 1  # of checkpoints
 LATEST, PREVIOUS = "ckpt.pt", "ckpt.prev.pt"

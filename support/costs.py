@@ -2,16 +2,18 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import build, example
-from sdp import Worker, add_up, peers
+from sdp import Worker
+from support import launch
+from support.peers import add_up
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -161,16 +163,14 @@ def unmasked_worker(engine, mean, dense, passes):
 def gather_costs(engine, costs, steps, passes, memory=memory):
     """A list of dictionaries, one a worker, in the keys of summary.json. costs: from `dry_run`. Memory is
     of live tensors, traffic, per step, of the real collectives, shared evenly by a process's workers."""
-    own, of_all = [], [None] * engine.processes
+    own = []
     for worker in engine.workers:
         row = {"worker": worker} | memory(engine, worker, passes) | costs[worker]
         for kind in ("push", "pull", "between_machines"):
             row[f"{kind}_bytes"] = round(engine.traffic[kind] / steps / len(engine.workers))
         row["peak_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
         own.append(row)
-    with peers():
-        dist.all_gather_object(of_all, own)
-    return sorted(sum(of_all, []), key=lambda row: row["worker"])
+    return sorted(chain(*launch.gather(own)), key=lambda row: row["worker"])
 
 
 def over_phases(phases):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from model import LOGITS_AT_ONCE, BatchNorm, cross_entropy
-from sdp import add_up
+from support.peers import add_up
 
 IMAGES, TOGETHER = 1024, 64  # the statistics are those of so many images, normalised so many at a time
 

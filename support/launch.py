@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from masks import UserError
-from sdp import peers
+from support.peers import peers
 
 HEARTBEAT = "step of rank {}"  # a key of the store
 
@@ -75,14 +75,20 @@ def count_machines():
     return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def gather(value):
+    """[the value of each process], by rank. All processes take part."""
+    of_all = [None] * dist.get_world_size()
+    with peers():
+        dist.all_gather_object(of_all, value)
+    return of_all
+
+
 def machines_alike(needed):
     """The number of machines, where all have equally many processes, in the order of the ranks; else 1, and
     a line that says so, or a UserError where it is `needed`. All processes take part."""
     processes, machines = dist.get_world_size(), count_machines()
-    of_all = [None] * processes
-    with peers():
-        dist.all_gather_object(of_all, int(os.environ.get("GROUP_RANK", "0")))
-    if of_all == [rank // (processes // machines) for rank in range(processes)]:
+    machine_of = gather(int(os.environ.get("GROUP_RANK", "0")))
+    if machine_of == [rank // (processes // machines) for rank in range(processes)]:
         return machines
     line = "machines have unequal numbers of processes, which exchange as if there were one machine"
     if needed:
@@ -181,9 +187,7 @@ def shut_down(together=True):
 
 def check_same_everywhere(facts):
     """Raises UserError where a fact, {name: value}, is not the same on all processes."""
-    of_all = [None] * dist.get_world_size()
-    with peers():
-        dist.all_gather_object(of_all, facts)
+    of_all = gather(facts)
     for rank, others in enumerate(of_all):
         for name, value in of_all[0].items():
             if others[name] != value:

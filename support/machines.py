@@ -14,61 +14,69 @@ import torch.distributed as dist
 from sdp import Layout, Route
 
 
-class Machines(Layout):
-    """Machines with equally many processes, in the order of the ranks. Where both are several, slices are
-    numbered place by place: so what a process receives from the places of its machine, one after another,
-    is in the bucket's order."""
+def make_layout(machines=1, timeout=None, capacity=None):
+    """The layout of so many machines with equally many processes, in the order of the ranks. timeout: of
+    groups, a timedelta; capacity: a whole number of each worker, its share of the owned values."""
+    processes = dist.get_world_size()
+    of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
+    return (TwoLevels if 1 < machines < processes else OneLevel)(machines, timeout, of_processes)
 
-    def __init__(self, machines=1, timeout=None, capacity=None):
-        """timeout: of the groups, a timedelta; capacity: a whole number of each worker (default: equal)."""
-        rank, processes = dist.get_rank(), dist.get_world_size()
-        ranks = np.arange(processes).reshape(machines, -1)  # [machines, places]
-        self.machines, (self.machine, self.place) = machines, divmod(rank, processes // machines)
-        self.two_levels = 1 < machines < processes
-        if self.two_levels:  # new groups do not take the time-out of the default group
-            self.inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
-            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
-        rank_of_slice = (ranks.T if self.two_levels else ranks).flatten()
-        self.my_slice = rank_of_slice.tolist().index(rank)
-        of_processes = np.reshape(capacity or [1] * processes, (processes, -1)).sum(axis=1)
-        self.capacity = of_processes[rank_of_slice]  # [slices]
+
+def count_as_crossing(route):
+    """Count a route's bytes as those between machines, too."""
+    for kinds in (route.pull_kinds, route.push_kinds):
+        kinds.append("between_machines")
+
+
+class OneLevel(Layout):
+    """A machine, or machines with one process each. Slices are as large as the capacity of their owners."""
+
+    def __init__(self, machines, timeout, capacity):
+        """capacity: [processes]."""
+        super().__init__()
+        self.machines, self.capacity = machines, capacity
 
     def slice_edges(self, size):
-        """As of Layout, but slices are as large as the capacities of their owners."""
         shares = np.cumsum([0, *self.capacity])
         return (shares * math.ceil(size / shares[-1])).clip(max=size)
 
     def routes(self, bucket, trained, frozen, traffic):
-        if self.two_levels:
-            return TwoHops(self, bucket, trained, frozen, traffic)
         routes = super().routes(bucket, trained, frozen, traffic)
-        if self.machines > 1:  # each process is alone on its machine
-            for route in routes.both:
-                route.__class__ = Crossing
+        for route in routes.both if self.machines > 1 else ():
+            count_as_crossing(route)
         return routes
 
+
+class TwoLevels(OneLevel):
+    """Several machines with several processes. Slices are numbered place by place: so what a process receives
+    from the places of its machine, one after another, is in the bucket's order."""
+
+    def __init__(self, machines, timeout, capacity):
+        ranks = np.arange(len(capacity)).reshape(machines, -1)  # [machines, places]
+        rank_of_slice = ranks.T.flatten()
+        super().__init__(machines, timeout, capacity[rank_of_slice])
+        self.machine, self.place = divmod(self.my_slice, ranks.shape[1])
+        self.my_slice = self.place * machines + self.machine
+        # new groups do not take the time-out of the default group
+        self.inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+        self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+
+    def routes(self, bucket, trained, frozen, traffic):
+        return TwoHops(self, bucket, trained, frozen, traffic)
+
     def exchanges_at_once(self, has):
-        """Two more in two levels: a hop across, the slow one, then has two layers' time."""
-        return super().exchanges_at_once(has) + (2 if self.two_levels else 0)
+        """Two more, so that a hop across, the slow one, has the time of two layers."""
+        return super().exchanges_at_once(has) + 2
 
     def finish_oldest(self, under_way):
-        """Wait for the oldest exchange; and let the next one begin its second hop."""
+        """Wait for the oldest exchange, and let the next one begin its second hop."""
         super().finish_oldest(under_way)
-        if self.two_levels and under_way:
+        if under_way:
             next(under_way[0], None)
 
 
-class Crossing(Route):
-    """A route between machines, whose bytes are counted as such."""
-
-    def exchange(self, kind, received, send, received_sizes, send_sizes):
-        kept = send_sizes[dist.get_rank(self.group)]
-        self.traffic["between_machines"] += (len(send) - kept) * send.element_size()
-        yield from super().exchange(kind, received, send, received_sizes, send_sizes)
-
-
 class TwoHops:
-    """As sdp.Routes: a pull goes across machines and then inside them, a push the other way."""
+    """The routes of a bucket: a pull goes across machines and then inside them, a push the other way."""
 
     def __init__(self, layout, bucket, trained, frozen, traffic):
         """trained, frozen: bool [processes, chunks]."""
@@ -77,8 +85,8 @@ class TwoHops:
         self.inside = [self.hop_inside(wants, crossed_edges) for wants in (trained, frozen)]
         self.push_across, crossed_edges = self.hop_across(trained)
         self.push_inside = self.hop_inside(trained, crossed_edges)
-        sent = sum(self.push_across.to_workers), sum(self.push_inside.to_workers)
-        self.push_buffer, self.is_pushed = max(sent), trained.any()  # elements
+        buffers = sum(self.push_across.to_workers), sum(self.push_inside.to_workers)
+        self.push_buffer, self.is_pushed = max(buffers), trained.any()
 
     def hop_across(self, wants):
         """(A route to the machines where somebody wants a chunk; the chunks' edges in what has crossed.)"""
@@ -86,7 +94,8 @@ class TwoHops:
         of_machine = wants.reshape(layout.machines, -1, wants.shape[1]).any(axis=1)  # [machines, chunks]
         cuts = self.bucket.slice_edges[place * layout.machines : (place + 1) * layout.machines + 1]
         edges = self.bucket.chunk_edges.clip(cuts[0], cuts[-1])  # of the chunks, in the slices of this place
-        route = Crossing(of_machine, edges, cuts, self.bucket.my_edges, self.traffic, layout.across)
+        route = Route(of_machine, edges, cuts, self.bucket.my_edges, self.traffic, layout.across)
+        count_as_crossing(route)
         return route, np.cumsum([0, *of_machine[layout.machine] * np.diff(edges)])
 
     def hop_inside(self, wants, crossed_edges):

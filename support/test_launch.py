@@ -19,6 +19,7 @@ import model
 import train
 from masks import UserError
 from support import checkpoint, launch
+from support.journal import Journal
 from support.processes import (
     HANGS,
     HERE,
@@ -172,7 +173,7 @@ def test_bad_flags_under_torchrun(tmp_path):
 
 MISTAKES = [
     (train, "load_batches", RuntimeError("gloo: a mistake in whoever made the batches")),
-    (train, "keep_count", RuntimeError("[gloo] connection closed by peer: a mistake in the loop")),
+    (Journal, "end", RuntimeError("[gloo] connection closed by peer: a mistake in the loop")),
     (checkpoint, "open_log", OSError("a mistake where a file is opened")),
     (model, "run_blocks", ValueError("a mistake in the model")),
     (train, "evaluate", KeyError("a mistake in the validation")),

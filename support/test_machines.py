@@ -17,7 +17,7 @@ from course.naive import held_values, loss_and_gradients, mean_over_holders
 from masks import Unit, UserError, assign, number_of_groups, roles, spectral_gap
 from model import build, initial_value
 from sdp import SDP, by_bucket
-from support.machines import Machines, spread
+from support.machines import make_layout, spread
 from support.processes import TINY, Ranks, read_log, read_summary
 from test_sdp import (
     SCHEMES,
@@ -192,7 +192,7 @@ def unequal_engine(mode, kind, capacity, rows):
     mask = assign(units, 4, 2, capacity=capacity) if mode != "none" else np.ones((4, len(units)), bool)
     weights = [4 * number / sum(rows) for number in rows]
     first = partial(initial_value, seed=0)
-    more = {"dtype": torch.float64, "layout": Machines(capacity=capacity), "weights": weights}
+    more = {"dtype": torch.float64, "layout": make_layout(capacity=capacity), "weights": weights}
     return SDP(partial(build, SMALL), first, adamw, units, mask, mode, **more), units, mask
 
 
