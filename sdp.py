@@ -91,6 +91,7 @@ class Bucket:
     def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
         initial_value(name) is asked for parameters that reach into the slice, one after another."""
+        self.dtype = dtype  # of what workers have
         unit_of_chunk, sizes = chunks_of(parameters, units_of_layer)
         self.unit_of_chunk, self.chunk_edges = np.array(unit_of_chunk), np.cumsum([0, *sizes])
         self.slice_edges = layout.slice_edges(sum(sizes))
@@ -137,7 +138,7 @@ class Route:
         self.to_workers = (wants @ np.diff(my_edges)).tolist()
         self.runs = runs(wants, my_edges)  # of what is sent, one worker after another
         self.exchange = partial(exchange, traffic=traffic, group=group)
-        self.pull_kinds, self.push_kinds = ["pull"], ["push"]  # names under which bytes are counted
+        self.pull_counters, self.push_counters = ["pull"], ["push"]  # names under which bytes are counted
         self.is_used = wants.any()  # the same everywhere: all processes skip an empty route
 
     def pull(self, owned, values):
@@ -145,12 +146,12 @@ class Route:
         owned = owned.to(values.dtype)  # once: torch.cat would convert run by run
         pieces = [owned[a:b] for a, b in self.runs]
         send = torch.cat(pieces) if pieces else owned[:0]
-        yield from self.exchange(self.pull_kinds, values, send, self.from_owners, self.to_workers)
+        yield from self.exchange(self.pull_counters, values, send, self.from_owners, self.to_workers)
 
     def push(self, gradients, total):
         """Add flat gradients to the owners' `total`, in its precision and in rank order: so always alike."""
         received = gradients.new_empty(sum(self.to_workers))
-        yield from self.exchange(self.push_kinds, received, gradients, self.to_workers, self.from_owners)
+        yield from self.exchange(self.push_counters, received, gradients, self.to_workers, self.from_owners)
         for (a, b), gradient in zip(self.runs, received.split([b - a for a, b in self.runs])):
             total[a:b].add_(gradient)
 
@@ -202,13 +203,13 @@ class Layout:
 class Part:
     """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
 
-    def __init__(self, bucket, routes, model, parameters, dtype):
+    def __init__(self, bucket, routes, model, parameters):
         """parameters: {name: parameter of `model`}, on the meta device until now."""
         self.bucket, self.routes = bucket, routes
         self.is_here, self.missing = False, 0  # was it pulled, and how many gradients are still to come?
         in_order = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
         sizes = [like.numel() for _, like in in_order]
-        self.values = torch.empty(sum(sizes), dtype=dtype, device=bucket.master.device)
+        self.values = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.master.device)
         self.trained = []
         for (name, like), view in zip(in_order, self.values.split(sizes)):
             parameter = torch.nn.Parameter(view.view(like.shape), requires_grad=like.requires_grad)
@@ -243,7 +244,7 @@ class Worker:
     """The module of one worker, and the order of its exchanges: pulls first to last, each finished just
     before its layer runs; pushes last to first. All workers take part in each, whatever they have of it."""
 
-    def __init__(self, model, buckets, trains, reads, traffic, dtype, layout):
+    def __init__(self, model, buckets, trains, reads, layout, traffic):
         """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
         self.model, self.layout, self.parts = model, layout, []
         self.pulls_at_once, self.pushes_at_once = map(layout.exchanges_at_once, (reads, trains))
@@ -253,7 +254,7 @@ class Worker:
         for name, bucket in buckets.items():
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
             routes = layout.routes(bucket, trained, frozen, traffic)
-            part = Part(bucket, routes, model, parameters[name], dtype)
+            part = Part(bucket, routes, model, parameters[name])
             self.parts.append(part)
             # weak: autograd hides its references from the garbage collector, and nothing would be freed
             me, weak_part = weakref.proxy(self), weakref.proxy(part)
@@ -325,8 +326,9 @@ class SDP:
         self.traffic = Counter()  # bytes that this process has sent: {"pull": ..., "push": ...}
         with torch.device("meta"):
             whole = build({})
-        common = columns(units), partial(initial_value, whole), dtype, device, self.layout
-        self.buckets = {name: Bucket(each, *common) for name, each in by_bucket(whole).items()}
+        self.buckets, first = {}, partial(initial_value, whole)
+        for name, parameters in by_bucket(whole).items():
+            self.buckets[name] = Bucket(parameters, columns(units), first, dtype, device, self.layout)
         pieces = [item for bucket in self.buckets.values() for item in bucket.pieces.items()]
         matrices = [piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() > 1]
         vectors = [piece for name, (_, piece) in pieces if whole.get_parameter(name).dim() == 1]
@@ -340,11 +342,12 @@ class SDP:
         for bucket in self.buckets.values():
             bucket.count_trainers(self.trains, self.weights)
         self.workers, self.played = {}, set()  # first let go of the old ones
-        turns, common = len(mask) // self.processes, (self.traffic, self.dtype, self.layout)
+        turns = len(mask) // self.processes
         for turn in range(turns):
-            number, now = self.rank * turns + turn, slice(turn, None, turns)  # now: who plays in this turn
-            model = self.make_module(number)
-            self.workers[number] = Worker(model, self.buckets, self.trains[now], self.reads[now], *common)
+            number = self.rank * turns + turn
+            together = self.trains[turn::turns], self.reads[turn::turns]  # of those that play in this turn
+            module = self.make_module(number)
+            self.workers[number] = Worker(module, self.buckets, *together, self.layout, self.traffic)
 
     def make_module(self, worker):
         """A worker's module, on the meta device."""
@@ -380,8 +383,8 @@ class SDP:
         everything = np.ones((self.processes, len(self.units)), bool)
         with torch.device("meta"):
             model = self.build({}).requires_grad_(False)
-        common = Counter(), self.dtype, self.layout  # its traffic is not that of training
-        reader = Worker(model, self.buckets, everything, everything, *common)
+        traffic = Counter()  # not that of training
+        reader = Worker(model, self.buckets, everything, everything, self.layout, traffic)
         reader.begin()
         reader.wait_for(reader.parts[-1])
         yield model.eval()

@@ -24,8 +24,8 @@ def make_layout(machines=1, timeout=None, capacity=None):
 
 def count_as_crossing(route):
     """Count a route's bytes as those between machines, too."""
-    for kinds in (route.pull_kinds, route.push_kinds):
-        kinds.append("between_machines")
+    for counters in (route.pull_counters, route.push_counters):
+        counters.append("between_machines")
 
 
 class OneLevel(Layout):
