@@ -151,8 +151,7 @@ def unmasked_worker(engine, mean, dense, passes):
     with torch.device("meta"):
         model = engine.build({})
     everything = np.ones((engine.processes, len(engine.units)), bool)
-    common = Counter(), engine.dtype, engine.layout
-    worker = Worker(model, engine.buckets, everything, everything, *common)
+    worker = Worker(model, engine.buckets, everything, everything, engine.layout, traffic=Counter())
     owned, width = dense["held_params"] / engine.processes, engine.dtype.itemsize
     row = dense | {"optimizer_bytes": round(mean["optimizer_bytes"])}  # owners do not depend on masks
     row["grad_bytes"] = round(gradient_bytes(worker, passes) + owned * max(4, width))
