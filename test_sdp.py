@@ -978,7 +978,7 @@ def test_train_in_each_mode(ranks, tmp_path, mode, kind):
     flags = ["--mask", mode, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]
     flags += ["--context", "32"]
     said = ranks(2, "train.py", *flags, "--eval-batches", "2", "--out", tmp_path / "out")
-    assert "mean / dense" in said and "blocks.0" in said and "val_loss" in said
+    assert "mean / none" in said and "blocks.0" in said and "val_loss" in said
     log, summary = read_log(tmp_path / "out"), read_summary(tmp_path / "out")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert [entry["tokens"] for entry in log] == [512, 1024, 1536, 2048]

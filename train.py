@@ -85,7 +85,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints; without it none is written"),
     ("--wandb", str, None, "project of Weights & Biases that gets what log.jsonl has"),
     ("--overwrite", bool, False, "replace the run that is in --out"),
-    ("--resume", None, None, "go on from this file; without one from --out, if it has a checkpoint"),
+    ("--resume", None, None, "continue from this file; without a name from --out, if it has a checkpoint"),
     ("--save-every", at_least(0), 500, "steps between checkpoints, 0 = only after the last"),
     ("--timeout", at_least(1), 600, "seconds that processes wait for one that does not answer"),
 )  # fmt: skip
@@ -385,7 +385,7 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
             report.print_results(plan, engine, mask, journal.phases, journal.metrics)
         launch.shut_down()
     if is_first and not is_finished:
-        remedy = "; --resume goes on" if args.out else ""
+        remedy = "; --resume continues" if args.out else ""
         print(f"stopped by a signal after step {plan.progress['step']}{remedy}")
 
 

@@ -1,5 +1,6 @@
 """What a worker costs: bytes, FLOPs and activations, measured, beside a dense worker, as a table."""
 
+from collections import Counter
 from contextlib import contextmanager
 from itertools import chain
 
@@ -10,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import build, example
+from sdp import Worker
 from support import launch
 from support.peers import add_up
 
@@ -145,6 +147,20 @@ def dense_worker(args, config, engine):
     return row
 
 
+def unmasked_worker(engine, mean, dense, passes):
+    """What a worker would cost with `--mask none`, in the mean: as in DDP, but gradients and optimizer are
+    sharded, and between machines each value crosses once. mean: of the workers; dense: of DDP."""
+    with torch.device("meta"):
+        model = engine.build({})
+    everything = np.ones((engine.processes, len(engine.units)), bool)
+    worker = Worker(model, engine.buckets, everything, everything, engine.layout, traffic=Counter())
+    owned, width = dense["held_params"] / engine.processes, engine.dtype.itemsize
+    row = dense | {"optimizer_bytes": round(mean["optimizer_bytes"])}  # owners do not depend on masks
+    row["grad_bytes"] = round(gradient_bytes(worker, passes) + owned * max(4, width))
+    row["between_machines_bytes"] = round(2 * owned * (engine.layout.machines - 1) * width)
+    return row
+
+
 def gather_costs(engine, costs, steps, passes, memory=memory):
     """A list of dictionaries, one a worker, in the keys of summary.json. costs: from `dry_run`. Memory is
     of live tensors, traffic, per step, of the real collectives, shared evenly by a process's workers."""
@@ -179,45 +195,48 @@ def summarise(args, config, engine, phases):
     numeric = [key for key, value in per_worker[0].items() if value is not None]
     mean = {key: np.mean([row[key] for row in per_worker]) for key in numeric}
     largest = {key: max(row[key] for row in per_worker) for key in numeric}
-    print(table(("mean", "largest", "dense DDP"), (mean, largest, dense)))
+    unmasked = unmasked_worker(engine, mean, dense, args.micro_batches)
+    print(table(("mean", "largest", "mask none", "DDP"), (mean, largest, unmasked, dense)))
     if args.capacity:
         held = ("weight_bytes", "grad_bytes", "optimizer_bytes")
         memory = ", ".join(f"{sum(row[key] for key in held) / 1e6:.3f}" for row in per_worker)
         print(f"weights, gradients, master + optimizer of each worker, MB: {memory}")
     if len(phases) > 1:
-        print("memory: where it is higher, before --finish or in it; the rest: the mean over the steps")
+        print("memory is that of the phase that needs most, before --finish or in it; the rest is the mean")
     turns = args.workers // engine.processes
     if turns > 1:
         print(f"a process plays {turns} workers, which share its master, optimizer and mean gradient")
-    print(savings(mean, dense, turns))
+    print(savings(mean, unmasked, turns))
     summary = {"step_ms_median": phases[-1]["step_ms_median"], "per_worker": per_worker}
-    return summary | {"phases": phases, "dense": dense}
+    return summary | {"phases": phases, "unmasked": unmasked, "dense": dense}
 
 
-def savings(mean, dense, turns):
-    """What a worker saved, in a line. mean, dense: rows of costs."""
+def savings(mean, unmasked, turns):
+    """What the masks leave, in a line. That optimizer and gradients are sharded is no merit of theirs."""
+    shares = []
+    for keys, what in ((MEMORY, "memory"), (["flops"], "FLOPs"), (SENT, "bytes sent")):
+        of_all = sum(unmasked[key] for key in keys)
+        if of_all and (what == "FLOPs" or turns == 1):
+            shares.append(f"{100 * sum(mean[key] for key in keys) / of_all:.0f} % of the {what}")
+    note = "; --steps 0 tells memory and bytes sent" if turns > 1 else ""
+    return f"compared with --mask none: {', '.join(shares)}{note}"
 
-    def percent(keys):
-        return f"{100 * sum(mean[key] for key in keys) / sum(dense[key] for key in keys):.0f} %"
 
-    if turns > 1:
-        return f"a worker computed {percent(['flops'])} of DDP's FLOPs; for memory and bytes see --steps 0"
-    line = f"a worker kept {percent(MEMORY)} of DDP's memory, computed {percent(['flops'])} of its FLOPs"
-    return f"{line}, sent {percent(SENT)} of its bytes" if dense["push_bytes"] else line
-
-
-def compare(largest, dense, processes):
+def compare(largest, unmasked, dense, processes):
     """The table of what a worker will take at most, beside dense ones of torch's FSDP (ZeRO-3, without the
-    layers that it gathers) and DDP. largest, dense: in the keys of `gather_costs`."""
+    layers that it gathers), of `--mask none` and of DDP. All are in the keys of `gather_costs`."""
     fsdp = dense | {key: dense[key] / processes for key in MEMORY if key != "activation_bytes"}
     fsdp["pull_bytes"] = 2 * dense["pull_bytes"]  # weights are gathered once in each direction
-    rows = [row | {"memory_bytes": sum(row[key] for key in MEMORY)} for row in (largest, fsdp, dense)]
-    return table(("largest", "FSDP", "dense DDP"), rows)
+    rows = largest, fsdp, unmasked, dense
+    rows = [row | {"memory_bytes": sum(row[key] for key in MEMORY)} for row in rows]
+    return table(("largest", "FSDP", "mask none", "DDP"), rows)
 
 
 def table(titles, rows):
-    """Rows of costs as the columns of a text, with their titles. The last row is that of a dense worker."""
-    lines = [f"{'per worker':<28}{''.join(f'{title:>14}' for title in titles)}{titles[0] + ' / dense':>17}"]
+    """Four rows of costs as the columns of a text, and two ratios, of the first to the last two."""
+    ratios = f"{titles[0]} / none", f"{titles[0]} / DDP"
+    lines = [f"{'per worker':<24}" + "".join(f"{title:>11}" for title in titles)]
+    lines[0] += "".join(f"{title:>16}" for title in ratios)
     for key, title, unit in (
         ("weight_bytes", "weights, MB", 1e6),
         ("grad_bytes", "gradients, MB", 1e6),
@@ -231,6 +250,7 @@ def table(titles, rows):
     ):
         values = [row.get(key, 0) / unit for row in rows]
         if values[-1] or key in SENT:  # nothing goes to other machines, or no row has the sum of its memory
-            ratio = f"{values[0] / values[-1]:.3f}" if values[-1] else "-"
-            lines.append(f"{title:<28}{''.join(f'{value:>14.3f}' for value in values)}{ratio:>17}")
+            line = f"{title:<24}" + "".join(f"{value:>11.3f}" for value in values)
+            quotients = (f"{values[0] / value:.3f}" if value else "-" for value in values[2:])
+            lines.append(line + "".join(f"{quotient:>16}" for quotient in quotients))
     return "\n".join(lines)

@@ -222,5 +222,5 @@ def name_the_silent(store):
         sys.exit(1)
     silent = [f"rank {each}" for each, step in enumerate(steps) if step == min(steps) and step % 1 == 0]
     who = ", ".join(silent) or "a process"
-    why = "it has ended, was stopped, or needed longer than --timeout; --resume goes on from a checkpoint"
+    why = "it has ended, was stopped, or needed longer than --timeout; --resume continues from a checkpoint"
     sys.exit(f"train.py: error: {who} has not answered in step {min(steps):.0f}: {why}")

@@ -22,19 +22,20 @@ SAMPLE = 200  # bytes
 
 
 def announce(plan, mask, device):
-    """Print who holds what, what a step is, and where the run goes on."""
+    """Print who holds what, what a step is, and from where the run resumes."""
     args = plan.args
     print_mask(plan, mask)
-    processes = f"{dist.get_world_size()} process(es), {dist.get_backend()} on {device.type}"
+    count = dist.get_world_size()
+    processes = f"{count} process{'es' if count > 1 else ''}, {dist.get_backend()} on {device.type}"
     rows = f"sequences of {plan.data.context} tokens" if plan.data.item == "token" else "images"
     print(f"{args.workers} workers on {processes}; a step is {args.batch_size} {rows}")
     own = "rows of the batch and subnetwork" if args.mask == "forward" else "rows of the batch"
     print(f"loss: the mean over the workers, each on its own {own}; val_loss: of the whole model", flush=True)
     if plan.saved:
         changed = "; the data has changed" if plan.fingerprint != plan.saved["fingerprint"] else ""
-        print(f"after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
+        print(f"resuming after step {plan.progress['step']} of {plan.saved['path']}{changed}", flush=True)
     if plan.progress["step"] == args.steps:
-        print("there is nothing to train; more --steps go on")
+        print("nothing to train: all --steps are done; a larger --steps continues")
 
 
 def print_mask(plan, mask):
@@ -57,22 +58,26 @@ def forecast(plan, make_engine):
     rows, capacity = np.array(args.rows), np.array(args.capacity or args.rows)
     loads = mask @ masks.costs(plan.units), mask.sum(axis=1) * rows, capacity
     fullest = sorted({int(load.argmax()) for load in loads})  # one worker, unless they are unequal
-    played = [play_without_memory(plan, mask, worker, processes, make_engine) for worker in fullest]
-    largest = {key: max(row[key] for row, _ in played) for key in played[0][0]}
-    dense = costs.dense_worker(args, plan.whole.config, played[0][1])
+    mode = "backward" if args.finish else args.mask  # what takes most
+
+    def play(mask, mode):
+        played = [play_without_memory(plan, mask, mode, each, processes, make_engine) for each in fullest]
+        return {key: max(row[key] for row, _ in played) for key in played[0][0]}, played[0][1]
+
+    (largest, engine), (unmasked, _) = play(mask, mode), play(np.ones_like(mask), "none")
+    dense = costs.dense_worker(args, plan.whole.config, engine)
     print_mask(plan, mask)
     print(f"{args.workers} workers on {processes} processes; {args.batch_size} rows a step; {args.dtype}")
-    print(costs.compare(largest, dense, processes))
+    print(costs.compare(largest, unmasked, dense, processes))
     if args.finish:
-        print("of the steps in --finish, which take most")
+        print("costs are those of a step in --finish, which needs most")
     return largest, dense
 
 
-def play_without_memory(plan, mask, worker, processes, make_engine):
+def play_without_memory(plan, mask, mode, worker, processes, make_engine):
     """(what a worker takes in a step, in the keys of `gather_costs`; its engine). It plays the step on
     tensors that have shapes and no memory, among processes that are not there."""
     args, passes = plan.args, plan.args.micro_batches
-    mode = "backward" if args.finish else args.mask  # what takes most
     rows = args.batch_size // sum(args.rows) * args.rows[worker] // passes
     machines = args.machines or launch.count_machines()
     machines = machines if processes % machines == 0 else 1  # as in a run, where they are unequal

@@ -28,7 +28,7 @@ from model import GPTConfig, build, units_of
 from sdp import SDP
 from support import costs, report
 from support.presets import SIZES
-from support.processes import HERE, TINY, read_log, read_summary, slow
+from support.processes import HERE, TINY, read_log, read_summary
 
 pytest_plugins = ["support.testing", "support.processes"]
 
@@ -75,15 +75,16 @@ def test_the_dense_column(dtype, optimizer, weight, state):
 
 @pytest.mark.parametrize(
     "mask, units",
-    [pytest.param("none", "block", marks=slow), ("backward", "neuron"), ("forward", "block")],
+    [("none", "block"), ("backward", "neuron"), ("forward", "block")],
 )
 def test_a_worker_beside_a_dense_one(ranks, tmp_path, mask, units):
     flags = [*TINY, "--mask", mask, "--units", units, "--workers", 4, "--steps", 2]
     said = ranks(2, "train.py", *flags, "--out", tmp_path)
     summary = read_summary(tmp_path)
     dense, params, shared = summary["dense"], summary["params"], summary["shared_params"]
+    unmasked = summary["unmasked"]  # the same for each mask
     held = (shared + 0.5 * (params - shared)) / params  # H of the README; with --mask none all is shared
-    assert "mean / dense" in said and summary["coverage"] == (1 if mask == "none" else 0.5)
+    assert "mean / none" in said and summary["coverage"] == (1 if mask == "none" else 0.5)
     assert [worker["worker"] for worker in summary["per_worker"]] == [0, 1, 2, 3]
     for kind, share in (("push_bytes", held), ("pull_bytes", held if mask == "forward" else 1)):
         sent = np.mean([worker[kind] for worker in summary["per_worker"]])
@@ -94,6 +95,9 @@ def test_a_worker_beside_a_dense_one(ranks, tmp_path, mask, units):
         flops, saved = (worker[key] / dense[key] for key in ("flops", "activation_bytes"))
         if mask == "none":
             assert flops == saved == 1
+            assert all(
+                worker[key] == pytest.approx(unmasked[key], rel=0.01) for key in (*costs.MEMORY, *costs.SENT)
+            )
         else:
             assert flops < {"backward": 0.95, "forward": 0.7}[mask] and saved < 0.96
 

@@ -296,7 +296,7 @@ def test_two_machines(tmp_path):
     with Launched(tmp_path, 1, *flags, **options) as one, Launched(tmp_path, 1, *flags, **options) as two:
         said = [(run.finish(), run.text()) for run in (one, two)]
     assert [code for code, _ in said] == [0, 0], said
-    assert sum("mean / dense" in text for _, text in said) == 1  # rank 0 speaks, on one of them
+    assert sum("mean / none" in text for _, text in said) == 1  # rank 0 speaks, on one of them
     summary = read_summary(tmp_path / "run")
     assert (summary["workers"], summary["processes"]) == (2, 2)
 
@@ -348,7 +348,7 @@ def test_a_worker_stalls(tmp_path):
 def assert_stopped(out, text, at_least):
     """All stopped after the same step, and left a checkpoint of it."""
     last = read_log(out)[-1]["step"]
-    assert f"stopped by a signal after step {last}; --resume goes on" in text
+    assert f"stopped by a signal after step {last}; --resume continues" in text
     assert checkpoint.read_checkpoint(out / "ckpt.pt")["progress"]["step"] == last
     assert at_least <= last < 80 and not (out / "summary.json").exists()
 

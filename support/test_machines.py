@@ -142,6 +142,7 @@ def test_train_on_two_machines(tmp_path):
     assert "or a larger --coverage helps" in text and summary["machines"] == 2
     rows, dense, params = summary["per_worker"], summary["dense"], summary["params"]
     assert dense["between_machines_bytes"] * 2 == pytest.approx(4 * 2 * params * 3 / 4, rel=1e-3)
+    assert summary["unmasked"]["between_machines_bytes"] * 2 == 4 * 2 * params / 2  # 2 P (M - 1) / M
     sent, held = sum(row["between_machines_bytes"] for row in rows), (summary["shared_params"] + params) / 2
     assert sent / 2 == pytest.approx(4 * 2 * held / 2, rel=0.02)  # a machine's: 2 H P (M - 1) / M, float32
 
