@@ -1,4 +1,4 @@
-"""Exercise 6, another owner rule: change support/machines.py, then run `pytest course/exercise_6.py`."""
+"""Exercise 6, another owner rule: change sdp.py, then run `pytest course/exercise_6.py`."""
 
 import numpy as np
 import pytest
