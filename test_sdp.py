@@ -62,7 +62,7 @@ CONFIGS = {
 usual = [pytest.param(CONFIGS[name], id=name) for name in ("gpt", "resnet")]
 others = [pytest.param(CONFIGS[name], id=name, marks=slow) for name in ("vit", "resnet-group-norm")]
 each_model = pytest.mark.parametrize("config", usual + others)
-SCHEMES = [(mode, kind) for mode in ("backward", "forward") for kind in ("block", "neuron")]
+SCHEMES = [(mode, level) for mode in ("backward", "forward") for level in ("block", "neuron")]
 FEWER = [*SCHEMES[::3], *(pytest.param(*scheme, marks=slow) for scheme in SCHEMES[1:3])]
 
 
@@ -86,16 +86,16 @@ def dense_model(config=SMALL, dtype=torch.float64):
 
 
 @functools.cache
-def make_mask(kind, workers, coverage=0.5, config=SMALL):
+def make_mask(level, workers, coverage=0.5, config=SMALL):
     with torch.device("meta"):
-        units = units_of(build(config), kind)
+        units = units_of(build(config), level)
     return units, assign(units, workers, holders_per_unit(coverage, workers))
 
 
 def make_engine(
-    mode, kind, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw, machines=1
+    mode, level, workers, coverage=0.5, config=SMALL, dtype=torch.float64, optimizer=adamw, machines=1
 ):
-    units, mask = make_mask(kind, workers, coverage, config)
+    units, mask = make_mask(level, workers, coverage, config)
     first, layout = functools.partial(initial_value, seed=0), make_layout(machines)
     more = {"dtype": dtype, "layout": layout}
     return SDP(functools.partial(build, config), first, optimizer, units, mask, mode, **more)
@@ -282,20 +282,20 @@ def test_masks_command(monkeypatch, capsys):
             masks.main()
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and flags.split()[0] in line
-    for workers, kind in product((1, 4, 8, 64, 500), ("block", "neuron")):
-        units, mask = make_mask(kind, workers, coverage=0.7, config=GPTConfig())
+    for workers, level in product((1, 4, 8, 64, 500), ("block", "neuron")):
+        units, mask = make_mask(level, workers, coverage=0.7, config=GPTConfig())
         assert max(map(len, masks.picture(mask, units).splitlines())) <= 120
 
 
 # ---- the method, saving nothing
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
-def test_naive_learns(alone, monkeypatch, capsys, mode, kind):
+@pytest.mark.parametrize("mode, level", [("none", "block"), *SCHEMES])
+def test_naive_learns(alone, monkeypatch, capsys, mode, level):
     """Its command, on a text that is read faster: better than knowing nothing, which is ln 256."""
     text = read_bytes(HERE / "masks.py", context=64, tests=4)
     monkeypatch.setattr(naive.data, "load", lambda *_, **__: text)
-    naive.main(["--mask", mode, "--units", kind], steps=12)
+    naive.main(["--mask", mode, "--units", level], steps=12)
     loss, val_loss = re.fullmatch(r"step 12: loss (.+), val_loss (.+)\n", capsys.readouterr().out).groups()
     assert 1 < float(loss) < 4 and 1 < float(val_loss) < 4 < np.log(256)
 
@@ -475,9 +475,9 @@ def test_only_the_last_pass_communicates(in_processes):
     in_processes(2, only_the_last_pass_communicates)
 
 
-def buffers_of_a_step(mode, kind, dtype, machines=1, coverage=0.5):
+def buffers_of_a_step(mode, level, dtype, machines=1, coverage=0.5):
     """The most that the tensors given to collectives ever take together, parameters aside, in layers."""
-    engine = make_engine(mode, kind, 4, coverage, GPTConfig(layers=4), dtype, machines=machines)
+    engine = make_engine(mode, level, 4, coverage, GPTConfig(layers=4), dtype, machines=machines)
     (worker,) = engine.workers
     own = {part.values.untyped_storage()._cdata for part in engine.workers[worker].parts}
     layer = max(int(bucket.chunk_edges[-1]) for bucket in engine.buckets.values()) * dtype.itemsize
@@ -508,12 +508,12 @@ def buffers_of_a_step(mode, kind, dtype, machines=1, coverage=0.5):
     return most / layer
 
 
-@pytest.mark.parametrize("mode, kind", [("none", "block"), *SCHEMES])
-def test_buffers_take_two_layers_at_most(in_processes, mode, kind):
-    dtype = torch.bfloat16 if kind == "block" else torch.float32
-    assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, kind, dtype)) <= 2
-    if (mode, kind) == ("forward", "block"):  # four exchanges under way, each of a quarter of a layer
-        assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, kind, dtype, 1, 0.25)) <= 2
+@pytest.mark.parametrize("mode, level", [("none", "block"), *SCHEMES])
+def test_buffers_take_two_layers_at_most(in_processes, mode, level):
+    dtype = torch.bfloat16 if level == "block" else torch.float32
+    assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, level, dtype)) <= 2
+    if (mode, level) == ("forward", "block"):  # four exchanges under way, each of a quarter of a layer
+        assert 0.25 < max(in_processes(4, buffers_of_a_step, mode, level, dtype, 1, 0.25)) <= 2
 
 
 def plan_for_1024():
@@ -549,12 +549,12 @@ def test_plans_for_1024_workers():
     assert peak < 500e6
 
 
-def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machines=1):
+def gradients_that_arrive(mode, level, same_batch, config, changed=False, machines=1):
     """One step of each worker; what the owners hold against the mean of the trainers' dense gradients."""
-    engine = make_engine(mode, kind, 4, config=config, machines=machines)
-    units, mask = make_mask(kind, 4, config=config)
+    engine = make_engine(mode, level, 4, config=config, machines=machines)
+    units, mask = make_mask(level, 4, config=config)
     if changed:  # to this mode and mask, from others
-        engine = make_engine("backward" if mode == "forward" else "forward", kind, 4, 0.75, config)
+        engine = make_engine("backward" if mode == "forward" else "forward", level, 4, 0.75, config)
         for worker in engine.workers:
             with engine.turn(worker) as model:
                 model(*batch(1, worker, config=config)).backward()
@@ -580,21 +580,21 @@ def gradients_that_arrive(mode, kind, same_batch, config, changed=False, machine
         assert_close(found, expected[0], 1e-12)  # unbiased: the dense gradient itself
 
 
-@pytest.mark.parametrize("mode, kind", SCHEMES)
+@pytest.mark.parametrize("mode, level", SCHEMES)
 @each_model
-def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, kind, config):
-    if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):
+def test_owners_get_the_mean_of_the_holders_gradients(in_processes, mode, level, config):
+    if config != SMALL and (mode, level) not in (("backward", "block"), ("forward", "neuron")):
         pytest.skip("these two schemes suffice for images")
-    in_processes(4, gradients_that_arrive, mode, kind, False, config)
+    in_processes(4, gradients_that_arrive, mode, level, False, config)
     if config == SMALL:
-        in_processes(2, gradients_that_arrive, mode, kind, True, config)
-        in_processes(4, gradients_that_arrive, mode, kind, False, config, False, 2)  # on two machines
+        in_processes(2, gradients_that_arrive, mode, level, True, config)
+        in_processes(4, gradients_that_arrive, mode, level, False, config, False, 2)  # on two machines
 
 
-@pytest.mark.parametrize("mode, kind", SCHEMES)
-def test_after_a_change_of_masks_the_same_holds(in_processes, mode, kind):
+@pytest.mark.parametrize("mode, level", SCHEMES)
+def test_after_a_change_of_masks_the_same_holds(in_processes, mode, level):
     for n in (4, 2):
-        in_processes(n, gradients_that_arrive, mode, kind, False, SMALL, True)
+        in_processes(n, gradients_that_arrive, mode, level, False, SMALL, True)
 
 
 def bytes_alive():
@@ -636,9 +636,12 @@ def test_changes_of_masks_leave_nothing_behind(in_processes):
             assert after_all <= 1.01 * after_ten  # all workers hold equally much
 
 
-def forward_masked_worker(kind, config):
+def forward_masked_worker(level, config):
     """A worker's own loss and gradients, and what it has allocated, against the dense model."""
-    engine, (units, mask) = make_engine("forward", kind, 4, config=config), make_mask(kind, 4, config=config)
+    engine, (units, mask) = (
+        make_engine("forward", level, 4, config=config),
+        make_mask(level, 4, config=config),
+    )
     (worker,) = engine.workers
     dense, (x, y) = dense_model(config), batch(3, worker, config=config)
     held = held_values(dense, units, mask[worker])
@@ -657,17 +660,17 @@ def forward_masked_worker(kind, config):
     return sorted(local)
 
 
-@pytest.mark.parametrize("kind", ["block", "neuron"])
+@pytest.mark.parametrize("level", ["block", "neuron"])
 @each_model
-def test_forward_masking_is_a_smaller_model(in_processes, kind, config):
-    names = in_processes(4, forward_masked_worker, kind, config)
-    assert (len(set(map(tuple, names))) > 1) == (kind == "block")  # other workers have other blocks
+def test_forward_masking_is_a_smaller_model(in_processes, level, config):
+    names = in_processes(4, forward_masked_worker, level, config)
+    assert (len(set(map(tuple, names))) > 1) == (level == "block")  # other workers have other blocks
 
 
-def pulled_values(mode, kind, dtype):
+def pulled_values(mode, level, dtype):
     """After a pull over buffers full of NaN, each worker's parameters are the owners' values to the last
     bit."""
-    engine, (units, mask) = make_engine(mode, kind, 4, dtype=dtype), make_mask(kind, 4)
+    engine, (units, mask) = make_engine(mode, level, 4, dtype=dtype), make_mask(level, 4)
     masters = owned(engine, lambda bucket: bucket.master)
     dense = dense_model(dtype=torch.float32)
     (worker,) = engine.workers
@@ -693,13 +696,13 @@ def pulled_values(mode, kind, dtype):
     assert_close(whole_values(engine), everything, 0)
 
 
-@pytest.mark.parametrize("mode, kind", SCHEMES)
-def test_readers_agree_to_the_last_bit(in_processes, mode, kind):
-    in_processes(4, pulled_values, mode, kind, torch.float32 if kind == "block" else torch.bfloat16)
+@pytest.mark.parametrize("mode, level", SCHEMES)
+def test_readers_agree_to_the_last_bit(in_processes, mode, level):
+    in_processes(4, pulled_values, mode, level, torch.float32 if level == "block" else torch.bfloat16)
 
 
-def train_four_workers(mode, kind, config, machines=1, steps=3):
-    engine = make_engine(mode, kind, 4, config=config, machines=machines)
+def train_four_workers(mode, level, config, machines=1, steps=3):
+    engine = make_engine(mode, level, 4, config=config, machines=machines)
     first = whole_values(engine)
     for step in range(steps):
         for worker in engine.workers:
@@ -712,9 +715,9 @@ def train_four_workers(mode, kind, config, machines=1, steps=3):
     return first, whole_values(engine)
 
 
-def train_naively(mode, kind, config, steps=3):
+def train_naively(mode, level, config, steps=3):
     """The same run by naive.py: the whole model's last values."""
-    units, mask = make_mask(kind, 4, config=config)
+    units, mask = make_mask(level, 4, config=config)
     model = dense_model(config)
     held = [held_values(model, units, row) for row in masks.roles(mode, mask)[0]]
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -732,17 +735,19 @@ def train_naively(mode, kind, config, steps=3):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("mode, kind", [pytest.param("none", "block", marks=slow), *FEWER])
+@pytest.mark.parametrize("mode, level", [pytest.param("none", "block", marks=slow), *FEWER])
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_RESNET], ids=["gpt", "vit", "resnet"])
-def test_processes_do_not_matter(in_processes, mode, kind, config):
+def test_processes_do_not_matter(in_processes, mode, level, config):
     """Four workers on 1, 2 and 4 processes, also on two machines: all learn what naive.py does. The initial
     model is the dense one."""
-    if config != SMALL and (mode, kind) not in (("backward", "block"), ("forward", "neuron")):
+    if config != SMALL and (mode, level) not in (("backward", "block"), ("forward", "neuron")):
         pytest.skip("these two schemes suffice for images")
     layouts = [(1, 1), (4, 1)] + ([(4, 2)] if config == SMALL else [])
-    layouts += [(2, 1), (2, 2), (4, 4)] if "SLOW" in os.environ or (config, kind) == (SMALL, "neuron") else []
-    of_layouts = [in_processes(n, train_four_workers, mode, kind, config, m) for n, m in layouts]
-    runs, expected = sum(of_layouts, []), train_naively(mode, kind, config)
+    layouts += (
+        [(2, 1), (2, 2), (4, 4)] if "SLOW" in os.environ or (config, level) == (SMALL, "neuron") else []
+    )
+    of_layouts = [in_processes(n, train_four_workers, mode, level, config, m) for n, m in layouts]
+    runs, expected = sum(of_layouts, []), train_naively(mode, level, config)
     for first, last in runs:
         assert_close(first, dict(dense_model(config).named_parameters()), 0)
         assert_close(last, expected, 1e-10)
@@ -757,10 +762,10 @@ def gradients_alive(worker):
     return sum(own) + sum(part.routes.push_buffer * part.values.itemsize for part in under_way)
 
 
-def cost_of_a_step(mode, kind, coverage, dtype):
+def cost_of_a_step(mode, level, coverage, dtype):
     """Bytes that this process sends in a step, and what stays on it."""
     config, alive, start_push = GPTConfig(context=8), [0], Worker._start_push
-    engine = make_engine(mode, kind, 4, coverage, config, dtype)
+    engine = make_engine(mode, level, 4, coverage, config, dtype)
     (worker,) = engine.workers
     with pytest.MonkeyPatch.context() as patch, engine.turn(worker) as model:
         patch.setattr(
@@ -771,7 +776,7 @@ def cost_of_a_step(mode, kind, coverage, dtype):
     engine.step(lr=1e-2)
     moments = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values() if t.dim() > 0)
     # what is here of what the worker has: counted element by element
-    units, mask = make_mask(kind, 4, coverage, config)
+    units, mask = make_mask(level, 4, coverage, config)
     dense, parts = build(config), {"trains": 0, "reads": 0, "trains_here": 0, "reads_by_others": 0}
     trains, reads = masks.roles(mode, mask)
     trained = held_values(dense, units, trains[worker])
@@ -791,22 +796,22 @@ def cost_of_a_step(mode, kind, coverage, dtype):
 
 
 @pytest.mark.parametrize(
-    "mode, kind, coverage, dtype",
+    "mode, level, coverage, dtype",
     [(*scheme, 0.5, torch.float32) for scheme in [("none", "block"), *SCHEMES]]
     + [pytest.param(*scheme, 0.75, torch.bfloat16, marks=slow) for scheme in SCHEMES[1:3]],
 )
-def test_traffic_and_memory_follow_the_law(in_processes, mode, kind, coverage, dtype):
+def test_traffic_and_memory_follow_the_law(in_processes, mode, level, coverage, dtype):
     """The README's tables: pushed and pulled are H = S + C (1 - S) of an all-reduce's halves, S the shared
     share; weights H, gradients one layer's and the owner's mean, optimizer 12 / N bytes per parameter."""
-    of_ranks = in_processes(4, cost_of_a_step, mode, kind, coverage, dtype)
-    units, _ = make_mask(kind, 4, coverage, GPTConfig())
+    of_ranks = in_processes(4, cost_of_a_step, mode, level, coverage, dtype)
+    units, _ = make_mask(level, 4, coverage, GPTConfig())
     params = sum(p.numel() for p in build(GPTConfig()).parameters())
     maskable = sum(unit.cost for unit in units)
     half = (1 - 1 / 4) * params * dtype.itemsize
     law = 1 - maskable / params + coverage * maskable / params
     push, pull = (np.mean([rank[i] for rank in of_ranks]) for i in (0, 1))
     # where slices are cut inside a layer's parameters, a worker's own share of its own slice varies a little
-    tolerance = 0.04 if kind == "neuron" else 1e-4
+    tolerance = 0.04 if level == "neuron" else 1e-4
     assert push / half == pytest.approx(1 if mode == "none" else law, rel=tolerance)
     assert pull / half == pytest.approx(law if mode == "forward" else 1, rel=tolerance)
     block = sum(p.numel() for p in build(GPTConfig()).blocks["0"].parameters())
@@ -826,8 +831,8 @@ def validation_loss():
     x, y = text.validation()
     logits = dense_model()(x)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
-    for mode, kind in SCHEMES:
-        with evaluation.whole_model(make_engine(mode, kind, 4), text, seed=0) as model:
+    for mode, level in SCHEMES:
+        with evaluation.whole_model(make_engine(mode, level, 4), text, seed=0) as model:
             loss, accuracy = evaluation.evaluate(model, text, 8, torch.device("cpu"))
         assert abs(loss - expected) < 1e-12
         assert accuracy == pytest.approx((logits.argmax(-1) == y).double().mean().item())
@@ -838,11 +843,11 @@ def test_validation_is_of_the_whole_model(in_processes, n):
     in_processes(n, validation_loss)
 
 
-def validation_of_images(mode, kind, config):
+def validation_of_images(mode, level, config):
     """The same for images: the whole model's statistics from always the same images, whoever computes
     them."""
     images, evaluation.IMAGES = some_images(size=config.image), 128
-    with evaluation.whole_model(make_engine(mode, kind, 4, config=config), images, seed=0) as model:
+    with evaluation.whole_model(make_engine(mode, level, 4, config=config), images, seed=0) as model:
         found = evaluation.evaluate(model, images, 8, torch.device("cpu"))
     if dist.get_world_size() == 1:
         dense = dense_model(config)
@@ -856,8 +861,8 @@ def validation_of_images(mode, kind, config):
 
 @pytest.mark.parametrize("model", ["vit", "resnet"])
 def test_validation_of_images_does_not_depend_on_processes(in_processes, model):
-    for mode, kind in (("backward", "block"), ("forward", "neuron")):
-        found = [in_processes(n, validation_of_images, mode, kind, CONFIGS[model]) for n in (1, 4)]
+    for mode, level in (("backward", "block"), ("forward", "neuron")):
+        found = [in_processes(n, validation_of_images, mode, level, CONFIGS[model]) for n in (1, 4)]
         for result in sum(found, []):
             assert result == pytest.approx(found[0][0], abs=1e-9)
 
@@ -972,10 +977,10 @@ def test_state_of_buckets_that_no_equal_slices_fill(in_processes):
     assert_close(state, whole, 0)
 
 
-@pytest.mark.parametrize("mode, kind", [pytest.param("none", "block", marks=slow), *FEWER])
-def test_train_in_each_mode(ranks, tmp_path, mode, kind):
+@pytest.mark.parametrize("mode, level", [pytest.param("none", "block", marks=slow), *FEWER])
+def test_train_in_each_mode(ranks, tmp_path, mode, level):
     """The default model for a few steps on two processes: files, and costs against the dense column."""
-    flags = ["--mask", mode, "--units", kind, "--workers", "4", "--steps", "4", "--eval-every", "2"]
+    flags = ["--mask", mode, "--units", level, "--workers", "4", "--steps", "4", "--eval-every", "2"]
     flags += ["--context", "32"]
     said = ranks(2, "train.py", *flags, "--eval-batches", "2", "--out", tmp_path / "out")
     assert "mean / none" in said and "blocks.0" in said and "val_loss" in said
@@ -987,7 +992,7 @@ def test_train_in_each_mode(ranks, tmp_path, mode, kind):
     assert log[-1]["loss"] < log[0]["loss"] < 7
     assert summary["final_val_loss"] == log[-1]["val_loss"]
     assert (summary["workers"], summary["processes"], summary["steps"]) == (4, 2, 4)
-    assert summary["config"]["units"] == kind and summary["config"]["seed"] == 0
+    assert summary["config"]["units"] == level and summary["config"]["seed"] == 0
     coverage = 1 if mode == "none" else 0.5
     assert (summary["coverage"], summary["holders_per_unit"]) == (coverage, 4 * coverage)
     assert summary["spectral_gap"] > 0 and (summary["spectral_gap"] == 1) == (mode == "none")

@@ -282,7 +282,7 @@ def update(engine, batches, args, step, lr, *numbers):
     for worker in engine.workers:
         with engine.turn(worker, args.micro_batches) as model:
             loss_sum += play(batches, args, step, worker, model, engine.weights[worker])
-    sent = sum(engine.traffic[kind] - traffic_before[kind] for kind in ("pull", "push"))
+    sent = sum(engine.traffic[way] - traffic_before[way] for way in ("pull", "push"))
     norm, loss_sum, *sums = engine.step(lr, args.grad_clip, loss_sum, sent, *numbers)
     return norm, loss_sum / args.workers, *sums
 

@@ -40,15 +40,15 @@ BAD += ["--device cpu", "--device cuda"]
 
 
 @cache
-def units_and_mask(kind, workers, config):
+def units_and_mask(level, workers, config):
     with torch.device("meta"):
-        units = units_of(build(config), kind)
+        units = units_of(build(config), level)
     return units, assign(units, workers, workers // 2)
 
 
-def make_engine(mode, kind="block", workers=2, config=SMALL, dtype=torch.float64):
+def make_engine(mode, level="block", workers=2, config=SMALL, dtype=torch.float64):
     engine, first = Dense if mode in ("ddp", "fsdp") else SDP, partial(initial_value, seed=0)
-    units, mask = units_and_mask(kind, workers, config)
+    units, mask = units_and_mask(level, workers, config)
     return engine(partial(build, config), first, adamw, units, mask, mode, dtype)
 
 
@@ -211,21 +211,21 @@ def held(name, parameter, units, row):
     return rows.view(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter)
 
 
-def gradient(config, worker, units, row, kind):
+def gradient(config, worker, units, row, level):
     """In step 1, of the dense model in which only the units of this row contribute; flat."""
     parameters, changed, model = dict(dense_model().named_parameters()), {}, build(config)
     for name, parameter in parameters.items():
         rows = held(name, parameter, units, row) if name.endswith((".o", ".down")) else torch.ones(1)
-        changed[name] = parameter * rows / (rows.mean() if kind == "neuron" else 1)
+        changed[name] = parameter * rows / (rows.mean() if level == "neuron" else 1)
     torch.manual_seed(zlib.crc32(f"0 1 {worker}".encode()))  # as in train.play
     loss = functional_call(model, changed, batch(0, worker))
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters.values()))])
 
 
-def check_alignment(mode, kind, drop_path):
+def check_alignment(mode, level, drop_path):
     """Against the dense model. Returns what was found."""
     config, own, whole, has = replace(SMALL, drop_path=drop_path), [], [], []
-    engine = make_engine(mode, kind, workers=4, config=config)
+    engine = make_engine(mode, level, workers=4, config=config)
     batches = {worker: batch(0, worker) for worker in engine.workers}
     found = alignment.compare(engine, batches, flags(1 if drop_path else 2, workers=4), 1)
     assert list(found["workers"]) == list(found["owners"]) == [*engine.buckets, "all"]
@@ -233,8 +233,8 @@ def check_alignment(mode, kind, drop_path):
         return None  # all have found the same
     parameters = dict(dense_model().named_parameters())
     for worker, row in enumerate(engine.trains):
-        own.append(gradient(config, worker, engine.units, row | (mode == "backward"), kind))
-        whole.append(gradient(config, worker, engine.units, row | True, kind))
+        own.append(gradient(config, worker, engine.units, row | (mode == "backward"), level))
+        whole.append(gradient(config, worker, engine.units, row | True, level))
         has.append(torch.cat([held(n, p, engine.units, row).flatten() for n, p in parameters.items()]))
     sizes = {name: sum(p.numel() for p in each.values()) for name, each in by_bucket(dense_model()).items()}
     layer_of = np.repeat([*sizes], [*sizes.values()])
@@ -248,13 +248,13 @@ def check_alignment(mode, kind, drop_path):
     return found["workers"]["all"]
 
 
-@pytest.mark.parametrize("kind, drop_path", [pytest.param("block", 0.5, marks=slow), ("neuron", 0)])
-def test_alignment_of_gradients(in_processes, kind, drop_path):
+@pytest.mark.parametrize("level, drop_path", [pytest.param("block", 0.5, marks=slow), ("neuron", 0)])
+def test_alignment_of_gradients(in_processes, level, drop_path):
     """In backward masking each worker's gradient is that of the whole model; in forward masking it is not."""
     for n in (2, 4):
-        backward = in_processes(n, check_alignment, "backward", kind, drop_path)[0]
+        backward = in_processes(n, check_alignment, "backward", level, drop_path)[0]
         # Absent blocks draw no rows to skip, so the others would skip other rows than in the whole model.
-        forward = in_processes(n, check_alignment, "forward", kind, 0)[0]
+        forward = in_processes(n, check_alignment, "forward", level, 0)[0]
         assert backward == pytest.approx([1] * 4, abs=1e-12) and max(forward) < 0.99
 
 

@@ -43,9 +43,9 @@ FEW = [("none", "block"), *(SCHEMES if "SLOW" in os.environ else SCHEMES[::3])]
 # ---- several machines
 
 
-def counted(mode, kind, machines, mask):
+def counted(mode, level, machines, mask):
     """The bytes that cross between machines in a step: as the engine counts them, and element by element."""
-    engine, (units, _) = make_engine(mode, kind, 4, machines=machines), make_mask(kind, 4)
+    engine, (units, _) = make_engine(mode, level, 4, machines=machines), make_mask(level, 4)
     engine.change(mask, mode)
     (worker,) = engine.workers
     with engine.turn(worker) as model:
@@ -69,14 +69,14 @@ def counted(mode, kind, machines, mask):
     return crossed.item(), expected
 
 
-@pytest.mark.parametrize("mode, kind", FEW)
-def test_what_crosses_between_machines(in_processes, mode, kind):
+@pytest.mark.parametrize("mode, level", FEW)
+def test_what_crosses_between_machines(in_processes, mode, level):
     """Each value once to every machine that has a reader, and once from every machine that has a trainer."""
-    units, by_worker = make_mask(kind, 4)
+    units, by_worker = make_mask(level, 4)
     by_machine = assign(units, 2, 1).repeat(2, axis=0)
     found = []
     for machines, mask in ((1, by_worker), (2, by_worker), (2, by_machine), (4, by_worker)):
-        ((crossed, expected), *_) = in_processes(4, counted, mode, kind, machines, mask)
+        ((crossed, expected), *_) = in_processes(4, counted, mode, level, machines, mask)
         assert crossed == expected
         found.append(crossed)
     assert found[0] == 0 and found[2] <= found[1] <= found[3]
@@ -172,10 +172,10 @@ def test_one_process_plays_machines(alone, capsys, tmp_path):
 # ---- workers of unequal size
 
 
-@pytest.mark.parametrize("kind", ["block", "neuron"])
+@pytest.mark.parametrize("level", ["block", "neuron"])
 @pytest.mark.parametrize("capacity", [[3, 1, 1, 1], [1, 2, 2, 3]])
-def test_masks_follow_the_capacity(kind, capacity):
-    units, _ = make_mask(kind, 4)
+def test_masks_follow_the_capacity(level, capacity):
+    units, _ = make_mask(level, 4)
     for seed in range(20 if "SLOW" in os.environ else 2):
         mask = assign(units, 4, 2, seed, capacity=capacity)
         assert (mask.sum(axis=0) == 2).all() and number_of_groups(mask) == 1 and spectral_gap(mask) > 0
@@ -188,8 +188,8 @@ def test_masks_follow_the_capacity(kind, capacity):
         assign(units, 4, 2, capacity=[4, 1, 1, 1])
 
 
-def unequal_engine(mode, kind, capacity, rows):
-    units, _ = make_mask(kind, 4)
+def unequal_engine(mode, level, capacity, rows):
+    units, _ = make_mask(level, 4)
     mask = assign(units, 4, 2, capacity=capacity) if mode != "none" else np.ones((4, len(units)), bool)
     weights = [4 * number / sum(rows) for number in rows]
     first = partial(initial_value, seed=0)
@@ -197,9 +197,9 @@ def unequal_engine(mode, kind, capacity, rows):
     return SDP(partial(build, SMALL), first, adamw, units, mask, mode, **more), units, mask
 
 
-def unequal_gradients(mode, kind, capacity, rows):
+def unequal_gradients(mode, level, capacity, rows):
     """What the owners hold after a step of unequal rows, against the dense gradients of the same rows."""
-    engine, units, mask = unequal_engine(mode, kind, capacity, rows)
+    engine, units, mask = unequal_engine(mode, level, capacity, rows)
     edges, dense, gradients, weights = np.cumsum([0, *rows]), dense_model(), [], []
     x, y = batch(0)
     for worker in range(4):
@@ -221,12 +221,12 @@ def unequal_gradients(mode, kind, capacity, rows):
     return sum(bucket.master.numel() for bucket in engine.buckets.values())
 
 
-@pytest.mark.parametrize("mode, kind", FEW)
-def test_unequal_workers_have_the_gradients_of_their_rows(in_processes, mode, kind):
+@pytest.mark.parametrize("mode, level", FEW)
+def test_unequal_workers_have_the_gradients_of_their_rows(in_processes, mode, level):
     """Each row counts as much as any other; owned slices follow the capacity."""
     params = sum(p.numel() for p in build(SMALL).parameters())
     for n in (4, 2):
-        owned_by = in_processes(n, unequal_gradients, mode, kind, [3, 1, 1, 1], [3, 1, 2, 2])
+        owned_by = in_processes(n, unequal_gradients, mode, level, [3, 1, 1, 1], [3, 1, 2, 2])
         shares = np.reshape([3, 1, 1, 1], (n, -1)).sum(axis=1) / 6
         np.testing.assert_allclose(np.array(owned_by) / params, shares, atol=0.01)
 
