@@ -53,9 +53,9 @@ def main(argv=None):
     own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
     flags.append(("--coverage", coverages, None, "validate random subnetworks with these shares of units"))
+    flags.append(("checkpoint", str, None, "a checkpoint of train.py"))
     parser = launch.make_parser(__doc__, flags)
-    parser.add_argument("checkpoint", help="a checkpoint of train.py")
-    try:
+    with parser.answering(UserError):
         given = parser.parse_args(argv)
         saved = checkpoint.read_checkpoint(given.checkpoint)
         units = units_to_cut(given, saved)
@@ -66,8 +66,6 @@ def main(argv=None):
         make_config(args, data, saved)  # raises where the data does not fit
         model = model_of(saved)
         device, _ = launch.start("auto", args.timeout)
-    except UserError as error:
-        parser.error(str(error))
     for parameter in model.parameters():
         parameter.data = parameter.to(getattr(torch, args.dtype))  # as in training
     data = data.to(device)

@@ -13,11 +13,9 @@ def main(argv=None):
     parser = train.make_parser()
     parser.description = __doc__.splitlines()[0]
     args, saved = train.parse(argv, parser)
-    try:
+    with parser.answering(masks.UserError):
         plan = train.make_plan(args, saved, masks.assign)
         device, _ = launch.start(args.device, args.timeout)
-    except masks.UserError as error:
-        parser.error(str(error))
     args.compile = False  # which changes no FLOPs
     args.dtype = args.dtype or launch.default_dtype(device)
     mask = plan.draw_mask(0)

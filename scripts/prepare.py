@@ -210,15 +210,13 @@ def main(arguments=None):
     imagenet.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     imagenet.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
     args = parser.parse_args(arguments)
-    try:
+    with parser.answering(UserError, OSError):  # an OSError names what cannot be written or read
         if args.data == "fineweb":
             prepare_fineweb(Path(args.data_dir), args.shards, args.data_url)
         elif args.data == "imagenet":
             prepare_imagenet(Path(args.src), Path(args.out), args.size)
         else:
             prepare_cifar(args.data, Path(args.data_dir), args.data_url)
-    except (UserError, OSError) as error:  # an OSError names what cannot be written or read
-        parser.error(str(error))
 
 
 if __name__ == "__main__":
