@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from masks import UserError
+from model import BatchNorm
 from scripts.cut import check_coverage, choose, cut, units_to_cut
 from scripts.export import model_of
 from support import checkpoint, launch
@@ -40,15 +41,6 @@ def print_parts(model, units, coverage, data, args, device):
         print(line, flush=True)
 
 
-def print_whole(model, data, args, device):
-    """Print a line about a whole model, with the batch norm statistics that it has."""
-    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
-    loss, accuracy = evaluate(model.to(device), data, args.batch_size, device)
-    if dist.get_rank() == 0:
-        print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
-
-
 def main(argv=None):
     own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
@@ -71,8 +63,12 @@ def main(argv=None):
     data = data.to(device)
     for coverage in given.coverage or ():
         print_parts(model, units, coverage, data, args, device)
-    if not given.coverage:
-        print_whole(model, data, args, device)
+    if not given.coverage:  # the whole model, with the batch norm statistics that it has
+        for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
+            norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
+        loss, accuracy = evaluate(model.to(device), data, args.batch_size, device)
+        if dist.get_rank() == 0:
+            print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
     launch.shut_down()
 
 
