@@ -13,9 +13,9 @@ import platform
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +51,7 @@ class Experiment(NamedTuple):
 def write_texts(folder, source, size=None):
     """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
     part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt,
-    in the order of a hash of their paths; size: how many bytes, by default all. Raises UserError where there
-    are no files."""
+    in the order of a hash of their paths; size: how many bytes, by default all. Raises UserError."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
@@ -195,9 +194,8 @@ def train(flags, out):
 
 def versions():
     git = ["git", "-C", str(TRAIN.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
-    return found | {"torch": torch.__version__, "python": platform.python_version()}
+    found = {"torch": torch.__version__, "python": platform.python_version(), "date": str(date.today())}
+    return found | {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
 
 
 def scores(experiment, result):
@@ -210,8 +208,7 @@ def scores(experiment, result):
 
 
 def run_arm(experiment, arm):
-    """Tune an arm, and run what is best with each seed. Returns (the best flags, the result of their tuning
-    run, those of the seeds)."""
+    """Tune an arm. Returns (the best flags, the result of their tuning run, [those of each seed])."""
     flags, definition = "", EXPERIMENTS[experiment].arms[arm]
     for options in ((), *definition.rounds):
         results = {}

@@ -1,8 +1,7 @@
 """Validate the model of a checkpoint as in training: python -m scripts.evaluate runs/a/ckpt.pt
 
 With --coverage 0.25,0.5,1 it validates random subnetworks, ten of each coverage. Processes of torchrun
-share the work.
-"""
+share the work."""
 
 import numpy as np
 import torch

@@ -3,8 +3,7 @@
 python -m scripts.export runs/a/ckpt.pt weights.pt      # a state dict, as model.build(config) loads it
 python -m scripts.export runs/a/ckpt.pt folder --hf     # of a GPT: for transformers' LlamaForCausalLM
 
-With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama.
-"""
+With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama."""
 
 import json
 import tempfile

@@ -1,7 +1,6 @@
 """Print how many steps take a masked worker the FLOPs that --steps take a dense one.
 
-python -m scripts.flops --mask forward --finish 0.3 --steps 1000     # with the flags of train.py
-"""
+python -m scripts.flops --mask forward --finish 0.3 --steps 1000     # with the flags of train.py"""
 
 import masks
 import train

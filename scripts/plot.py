@@ -68,10 +68,10 @@ def draw(figure, arms):
     for number, ((arm, _), runs) in enumerate(arms.items()):  # runs: [seeds, validations, columns]
         (mean, *costs), low, high = runs.mean(0).T, runs[..., 0].min(0), runs[..., 0].max(0)
         costs = dict(zip(COSTS, costs))
+        style = "o-" if number < 10 else "s--"  # there are ten colors
         for axes, key in zip(panels, shown):
             unit, title = COSTS[key]
             cost = costs[key] / unit
-            style = "o-" if number < 10 else "s--"  # there are ten colors
             axes.plot(cost, mean, style, color=f"C{number}", label=arm)
             axes.fill_between(cost, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
             axes.vlines(cost[-1], low[-1], high[-1], color=f"C{number}")

@@ -2,8 +2,7 @@
 
 python -m scripts.prepare cifar10                          # or cifar100
 python -m scripts.prepare imagenet --src DIR --size 224    # of folders of JPEGs (needs Pillow)
-python -m scripts.prepare fineweb --shards 10              # a billion tokens of web text
-"""
+python -m scripts.prepare fineweb --shards 10              # a billion tokens of web text"""
 
 import hashlib
 import http.client

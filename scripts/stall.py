@@ -2,8 +2,7 @@
 
 A block that sleeps needs no core, as if a GPU computed. Real computing would hide who waits for whom: a
 worker that waits lends its core to the others. A block takes equal times for its forward pass, for the
-gradient of its input, and for those of its weights, in proportion to what a worker has of it.
-"""
+gradient of its input, and for those of its weights, in proportion to what a worker has of it."""
 
 import tempfile
 import time

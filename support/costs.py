@@ -58,8 +58,7 @@ def play_without_memory(module, config, rows, passes, engine):
 
 
 def dry_run(args, config, engine):
-    """{worker: what `measured` finds in a step} for this process's workers. To measure a real step would
-    change its rounding."""
+    """{own worker: what `measured` finds in a step}. To measure a real step would change its rounding."""
     found, passes = {}, args.micro_batches
     for worker in engine.workers:
         rows = args.batch_size // sum(args.rows) // passes * args.rows[worker]

@@ -56,8 +56,7 @@ def whole_numbers(text):
 
 
 def make_parser(description, flags, titles=None):
-    """A Parser for a table of flags: (name, type or choices, default, meaning). titles: {first flag: title}
-    of the groups in which --help shows them."""
+    """A Parser for (name, type or choices, default, meaning) of each flag. titles: {a group's first: title}."""
     group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
     for flag, kind, default, meaning in flags:
