@@ -31,7 +31,7 @@ DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 
 def load(name, folder=None, context=None, tests=1):
-    """What --data and --data-dir name: Images, or a Text with `tests` windows to validate."""
+    """What --data and --data-dir name: Images, or a Text with `tests` validation windows."""
     try:
         if name == "python":  # 11 MB
             return read_bytes(folder or sysconfig.get_paths()["stdlib"], context or 128, tests, ".py")

@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 class Unit(NamedTuple):
-    """All units of a layer have the same shape and cost."""
+    """What a mask switches as one. All units of a layer have the same shape and cost."""
 
     layer: str  # the module that is cut into units, such as "blocks.3" or "blocks.3.mlp"
     kind: str  # units of one kind are dealt out evenly among the workers
@@ -37,7 +37,7 @@ def holders_per_unit(coverage, workers):
         raise UserError(f"--coverage {coverage:g}: must be above 0 and at most 1, such as 0.5")
     holders = math.floor(coverage * workers + 0.5)
     if holders == 0:
-        raise UserError(f"--coverage {coverage:g}: no holders below {smallest_coverage(1, workers):g}")
+        raise UserError(f"--coverage {coverage:g}: no holders; at least {smallest_coverage(1, workers):g}")
     return holders
 
 
@@ -54,7 +54,7 @@ def schedule(step, mode, steps, resample=0, finish=0.0):
 
 
 def roles(mode, mask):
-    """The one table behind all schemes: (trains, reads), each bool [workers, units]. A worker reads
+    """The one table behind all modes: (trains, reads), each bool [workers, units]. A worker reads
     what its forward pass needs, and trains what it computes gradients for."""
     everything = np.ones_like(mask)
     return {
@@ -65,8 +65,8 @@ def roles(mode, mask):
 
 
 def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
-    """The best of many walks, the same on every machine. Columns sum to `holders`. Rows follow the
-    capacity, whole numbers, within one unit of a kind. Raises UserError where a worker would have none."""
+    """The best of many deals, the same on every machine. Columns sum to `holders`. A worker's number of
+    units of a kind follows its capacity, within one. Raises UserError where it would be 0."""
     capacity = np.array(capacity or [1] * workers)
     kind, fewest = min(Counter(unit.kind for unit in units).items(), key=lambda item: item[1])
     if holders * capacity.max() > capacity.sum():
@@ -77,19 +77,19 @@ def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
         enough = smallest_coverage(math.ceil(workers / fewest), workers)
         raise UserError(f"--coverage: too few units ({kind}) for {workers} workers; use {enough:g} or more")
     rng = np.random.default_rng([seed, workers, holders, mask_number])
-    most = 500 if mask_number == 0 else 20  # where masks change, workers mix anyway
+    most = 500 if mask_number == 0 else 20  # the first mask may be the only one
     tries = min(most, 24_000 // len(units), 1_000_000 // workers**2)  # a gap takes cubic time
     best, best_quality = None, ()
     for _ in range(max(1, tries)):
-        mask = walk(units, capacity, holders, rng)
+        mask = deal(units, capacity, holders, rng)
         gap, load = spectral_gap(mask), mask @ costs(units) / capacity
-        quality = (gap > 0, gap - imbalance(load))  # connected before all else
+        quality = (gap > 0, gap - imbalance(load))  # connected; then well mixed and even
         if quality > best_quality:
             best, best_quality = mask, quality
     return best
 
 
-def walk(units, capacity, holders, rng):
+def deal(units, capacity, holders, rng):
     """Deal in the order of the layers. Each unit goes to the workers with fewest of its kind so far, then
     with fewest parameters, relative to capacity. At equal capacity no worker is ever more than one unit
     of a kind ahead of another. So the load is even along the depth, and nobody waits long."""

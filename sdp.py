@@ -1,13 +1,15 @@
 """The engine: owners, pull, push, step. course/naive.py computes the same, and saves nothing.
 
-Each parameter has one *owner*, a process, whatever the masks. A step is
+Each value has one *owner*, a process, whatever the masks: an equal slice of every layer. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
     push    workers send each gradient to its owner, who adds it up over the workers that train it
     step    owners divide by the number of those workers, clip, and update what they own
 
-Pull and push are all_to_alls, layer by layer. No activation moves. A whole program, on one process:
+Pull and push are an all_to_all a layer. Its sizes can be 0, so any mask does with one group of processes. An
+*exchange* is a generator: its first next() starts an all_to_all, and running it to its end waits for that. No
+activation moves. A whole program, on one process:
 
     from functools import partial
     import torch, torch.distributed as dist
@@ -26,9 +28,9 @@ Pull and push are all_to_alls, layer by layer. No activation moves. A whole prog
             model(*example(config, rows=4)).backward()
     (norm,) = engine.step(lr=1e-3)
 
-A *bucket* is one layer's parameters, end to end. A *chunk* is a unit's share of one parameter, or a parameter
-without units; a *run* is chunks side by side. A *slice* is what a process owns of a bucket, a *piece* what it
-owns of one parameter. A *part* is what a worker has of a bucket. A *route* leads from owners to workers.
+A *bucket* is the parameters of a block, the embedding or the head, end to end. A *chunk* is a unit's share of
+a parameter, or a parameter without units; a *run* is chunks side by side. A *slice* is what a process owns of
+a bucket, a *piece* of a parameter. A *part* is what a worker has of a bucket. A *route* leads there.
 Below, a norm has 3 values, and a matrix 4 for each of 2 units. Worker r holds unit r, and reads no more:
 
     value           0  1  2  3  4  5  6  7  8  9 10    chunk_edges    0 3 7 11
@@ -71,9 +73,8 @@ class Bucket:
         wide = torch.promote_types(dtype, torch.float32)
         self.mean = torch.zeros(stop - start, dtype=wide, device=device)  # of gradients; first their sum
         self.master = torch.empty_like(self.mean)
-        self.trainers = []  # [(begin, end, by how many workers what lies between is trained)] in the slice
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self.pieces = {}  # {name: (the owned part of the flattened parameter as a slice, that part itself)}
+        self.trainers = []  # [(begin, end, number of workers that train it)] in the slice
+        self.pieces = {}  # {name: (where in the flattened parameter, the owned values)}
         for name, where, here in owned_parts(parameters, start, stop):
             self.master[here] = initial_value(name).flatten()[where]
             piece = torch.nn.Parameter(self.master[here])  # an alias, for the optimizer
@@ -94,11 +95,11 @@ class Route:
     from the first owner, then from the second, and so on, is in the bucket's order: nothing is sorted."""
 
     def __init__(self, wants, chunk_edges, slice_edges, my_edges, traffic, group=None):
-        """wants: bool [processes, chunks], of the workers that play now; traffic: a Counter of bytes sent."""
+        """wants[r]: the chunks that the worker of process r needs; traffic: a Counter of bytes sent."""
         me, slices = dist.get_rank(group), pairwise(slice_edges.tolist())
         self.from_owners = [int(wants[me] @ np.diff(chunk_edges.clip(a, b))) for a, b in slices]
         self.to_workers = (wants @ np.diff(my_edges)).tolist()
-        self.runs = runs(wants, my_edges)  # of what is sent, one worker after another
+        self.runs = runs(wants, my_edges)  # of what this process sends, one worker after another
         self.exchange = partial(exchange, traffic=traffic, group=group)
         self.pull_counters, self.push_counters = ["pull"], ["push"]  # names under which bytes are counted
         self.is_used = wants.any()  # the same everywhere: all processes skip an empty route
@@ -111,7 +112,7 @@ class Route:
         yield from self.exchange(self.pull_counters, values, send, self.from_owners, self.to_workers)
 
     def push(self, gradients, total):
-        """Add flat gradients to the owners' `total`, in its precision and in rank order: so always alike."""
+        """Add flat gradients to the owners' `total`, in its precision, in rank order: so always alike."""
         received = gradients.new_empty(sum(self.to_workers))
         yield from self.exchange(self.push_counters, received, gradients, self.to_workers, self.from_owners)
         for (a, b), gradient in zip(self.runs, received.split([b - a for a, b in self.runs])):
@@ -119,7 +120,7 @@ class Route:
 
 
 class Routes:
-    """Both routes of a bucket: of values that workers train, and of frozen ones, which they only read."""
+    """Two routes of a bucket: of values that workers train, first in their memory, and of frozen ones."""
 
     def __init__(self, bucket, trained, frozen, traffic):
         edges = bucket.chunk_edges, bucket.slice_edges, bucket.my_edges
@@ -129,7 +130,7 @@ class Routes:
     def pull(self, owned, values):
         parts = values.split([sum(route.from_owners) for route in self.both])  # the trained ones come first
         pulls = [route.pull(owned, part) for route, part in zip(self.both, parts) if route.is_used]
-        yield from zip_longest(*pulls)  # side by side
+        yield from zip_longest(*pulls)  # starts both, then waits for both
 
     def push(self, gradients, total):
         if self.both[0].is_used:
@@ -143,7 +144,7 @@ class Layout:
         self.my_slice = dist.get_rank()
 
     def slice_edges(self, size):
-        """int64 [slices + 1] of a bucket with so many values: equal slices, but for the last ones."""
+        """int64 [slices + 1] of a bucket with so many values: equal slices; the last may be shorter."""
         processes = dist.get_world_size()
         return (np.arange(processes + 1) * math.ceil(size / processes)).clip(max=size)
 
@@ -180,9 +181,9 @@ class Part:
         self.resize(0)  # until the first turn
 
     def resize(self, nbytes):
-        """Allocate the parameters, or with 0 free them; the tensors stay."""
+        """Allocate the parameters, or with 0 free them. The tensor objects stay."""
         storage = self.values.untyped_storage()
-        if storage.nbytes() != nbytes:  # resize_ copies everything, even to the size that there is
+        if storage.nbytes() != nbytes:  # resize_ copies everything, even if the size is the same
             storage.resize_(nbytes)
 
     def pull(self):
@@ -190,11 +191,11 @@ class Part:
         self.is_here = True
 
     def push(self):
-        """Send the gradients, and free them. They leave from the memory of the weights, which are used up."""
+        """Send the gradients, and free them. The memory of the weights, which are used up, is the buffer."""
         gradients = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: unseen by autograd
         if self.trained:
-            flat = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
-            torch.cat([gradient.flatten() for gradient in flat], out=gradients)
+            each = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
+            torch.cat([gradient.flatten() for gradient in each], out=gradients)
         for parameter in self.trained:
             parameter.grad = None
         yield from self.routes.push(gradients, self.bucket.mean)
@@ -215,7 +216,7 @@ class Worker:
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
             part = Part(bucket, layout.routes(bucket, trained, frozen, traffic), model, parameters[name])
             self.parts.append(part)
-            # weak: autograd hides its references from the garbage collector, and nothing would be freed
+            # weak: a hook that autograd holds would keep the worker and its weights alive for ever
             me, weak_part = weakref.proxy(self), weakref.proxy(part)
             if name in modules:
                 modules[name].register_forward_pre_hook(partial(Worker.wait_for, me, weak_part))
@@ -236,7 +237,7 @@ class Worker:
     def _start_pulls(self):
         while self.unpulled and len(self.pulling) < self.pulls_at_once:
             self.pulling.append(self.unpulled.popleft().pull())
-            next(self.pulling[-1], None)  # None: nobody reads this part now, and the pull ends at once
+            next(self.pulling[-1], None)  # starts it; None: nobody reads this part now, it has ended
 
     def wait_for(self, part, *_):
         """Wait until a part is there, while the next ones are on their way."""
@@ -248,7 +249,9 @@ class Worker:
         part.missing -= 1
         if part.missing < 0:
             raise RuntimeError("more backward passes than turn(worker, passes) was told of")
-        while self.unpushed and self.unpushed[-1].missing == 0:  # also parts of which it has nothing
+        while (
+            self.unpushed and self.unpushed[-1].missing == 0
+        ):  # parts that it does not train have none missing
             self._start_push()
 
     def _start_push(self):
@@ -269,11 +272,11 @@ class Worker:
 
 
 class SDP:
-    """Trains one model with len(mask) workers, K on each process: process r plays r K to r K + K - 1.
+    """Trains one model with len(mask) workers, K on each process, which take turns: r K to r K + K - 1.
     build(units): as model.build. initial_value(whole model, name): a parameter's values, float, on the CPU.
     optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py. dtype: of
-    weights, gradients and traffic; owners keep at least float32. weights: by what the caller multiplies
-    each worker's loss, with a mean of 1."""
+    weights, gradients and traffic; owners keep at least float32. weights: the factor
+    of each worker's loss; their mean is 1."""
 
     def __init__(
         self, build, initial_value, optimizer, units, mask, mode,
@@ -326,21 +329,10 @@ class SDP:
         self.played.add(worker)
 
     def discard(self):
-        """Forget what was gathered since the last step. All workers have to play again."""
+        """Forget what this process gathered since the last step. All workers of all have to play again."""
         self.played = set()
         for bucket in self.buckets.values():
             bucket.mean.zero_()
-
-    @contextmanager
-    def whole(self):
-        """`with engine.whole() as model:` gives every process the whole model for a while, to evaluate it."""
-        everything = np.ones((self.processes, len(self.units)), bool)
-        with torch.device("meta"):
-            model = self.build({}).requires_grad_(False)
-        reader = Worker(model, self.buckets, everything, everything, self.layout, traffic=Counter())
-        reader.begin()
-        reader.wait_for(reader.parts[-1])
-        yield model.eval()
 
     def average(self):
         """Turn the owners' sums into means over the workers that train each parameter."""
@@ -356,7 +348,7 @@ class SDP:
             raise RuntimeError("step: some workers have not finished their turns; all have to play again")
         self.average()
         squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
-        squares, *sums = add_up([squares.double().sum(), *numbers])  # the first wait for the device
+        squares, *sums = add_up([squares.double().sum(), *numbers])  # here a CPU first waits for its GPU
         norm = squares**0.5
         if np.isfinite([norm, *sums]).all():
             for bucket in self.buckets.values() if clip else ():

@@ -114,7 +114,7 @@ def batch(step, worker=None, rows=2, config=SMALL):
 
 
 def whole_values(engine):
-    with engine.whole() as model:
+    with evaluation.whole(engine) as model:
         return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
@@ -149,7 +149,7 @@ def test_masks_number_of_holders():
         with pytest.raises(UserError, match="--coverage"):
             holders_per_unit(coverage, 8)
     for workers in range(1, 200):
-        with pytest.raises(UserError, match="no holders below") as caught:
+        with pytest.raises(UserError, match="no holders; at least") as caught:
             holders_per_unit(1e-6, workers)
         assert holders_per_unit(float(str(caught.value).split()[-1]), workers) == 1  # works as printed
 

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 train.py --mask forward --units neuron --workers 8
     python train.py --mask forward                                        # one process plays four workers
 
-Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. `main`, at the end, begins.
+Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. Start at `main`, at the end.
 """
 
 import math
@@ -67,7 +67,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
     ("--data", KINDS, "python", "Python's own library, in bytes; any text; or what scripts.prepare made"),
     ("--data-dir", str, None, "folder (default: datasets, or a folder in it); of text also a single file"),
-    ("--steps", at_least(0), None, "updates (default: 300); 0: only tell what a worker will take"),
+    ("--steps", at_least(0), None, "updates (default: 300); 0: only predict memory and traffic"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
     ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
     ("--micro-batches", at_least(1), 1, "parts of a worker's rows; only the last one communicates"),
@@ -140,7 +140,7 @@ def check_flags(args, saved):
         (len(args.rows) != args.workers, "rows", one_each),
         (len(args.capacity or args.rows) != args.workers, "capacity", one_each),
         (args.resample and args.mask == "none", "resample", "is not for --mask none, which has no masks"),
-        (args.resample and args.compile, "resample", "not together with --compile, each time anew"),
+        (args.resample and args.compile, "resample", "not with --compile, which would compile each mask"),
         (args.finish and args.mask != "forward", "finish", "is for --mask forward"),
         (args.finish > 1, "finish", "must be at most 1, such as 0.3"),
         (args.drop_path >= 1, "drop_path", "must be below 1, such as 0.1"),
@@ -267,7 +267,7 @@ def learning_rate(step, args):
 
 def play(batches, args, step, worker, model, weight):
     """A worker's passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight, float64."""
-    torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # of dropped rows and numbers
+    torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # for dropout and DropPath
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
         loss = weight * model(x, y)  # x: (rows, context) or (rows, 3, image, image)
@@ -390,7 +390,7 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
 
 
 def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
-    """The command. argv: its flags, by default those of the program. What changes one idea without a flag:
+    """The command. argv: its flags, by default those of the program. For what no flag covers:
     assign, a function as masks.assign; engine, a class as sdp.SDP; before_step(step, engine, {worker: (x,
     y)}), called before each step, which returns a dictionary for the step's line in log.jsonl."""
     parser = make_parser()
@@ -410,7 +410,7 @@ def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
     try:
         run(plan, mask, mode, device, store, engine, before_step)
     except UserError as error:
-        launch.shut_down(together=False)  # or C++ may abort when threads of it are left at the end
+        launch.shut_down(together=False)  # otherwise a thread of C++ that is left may abort
         parser.error(str(error))
     except PeerLost:
         launch.name_the_silent(store)

@@ -4,7 +4,7 @@
 
 N workers train one model. A worker holds some of its units (blocks, or heads and groups of neurons),
 and all that is in no unit. In backward masking, it drops gradients of what it does not hold. In forward
-masking, what it does not hold contributes nothing. Then the mean over the holders, and one AdamW.
+masking, what it does not hold contributes nothing. Gradients are averaged over the holders, for one AdamW.
 
 Here each worker has a whole model, times 0 where it holds nothing. FLOPs are saved by model.py (layers of
 held units), memory and communication by sdp.py (owners; pull and push), clusters by support/machines.py.
@@ -35,8 +35,8 @@ def loss_and_gradients(model, x, y, mode, held):
     if mode == "forward":
         used = {name: weight * held[name] for name, weight in weights.items()}
         for name in used:
-            if name.endswith((".o", ".down")) and held[name].any():  # a sum over units
-                used[name] = used[name] / held[name].mean()  # fewer: scaled up, as in dropout
+            if name.endswith((".o", ".down")) and held[name].any():  # the last matrix of a branch
+                used[name] = used[name] / held[name].mean()  # makes up for absent units, as in dropout
     loss = torch.func.functional_call(model, used, (x, y))
     gradients = torch.autograd.grad(loss, list(weights.values()))
     return loss.detach(), dict(zip(weights, gradients))
@@ -46,7 +46,7 @@ def mean_over_holders(gradients, held):
     """{name: mean gradient}, value by value. gradients, held: a {name: tensor} of each worker."""
     mean = {}
     for name in held[0]:
-        kept = [g[name] * h[name] for g, h in zip(gradients, held)]  # the rest is dropped
+        kept = [g[name] * h[name] for g, h in zip(gradients, held)]  # what is not held is dropped
         mean[name] = sum(kept) / sum(h[name] for h in held)
     return mean
 

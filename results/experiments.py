@@ -13,9 +13,9 @@ import platform
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,14 +45,13 @@ class Experiment(NamedTuple):
     data: str  # flags that name the data of a {part}
     flags: str  # of all arms
     arms: dict  # {name: Arm}; the table has costs in parts of those of "dense"
-    score: str = "val_loss"  # what is to be low; or "error", the share of images that are classified wrongly
+    score: str = "loss"  # what is to be low; or "error", the share of images that are classified wrongly
 
 
 def write_texts(folder, source, size=None):
     """Write tune.txt and report.txt, for --data text: the same nine parts of bytes to train on, then another
     part each, which is held out. source: a folder of Python's standard library, whose .py files are learnt,
-    in the order of a hash of their paths; size: how many bytes, by default all. Raises UserError where there
-    are no files."""
+    in the order of a hash of their paths; size: how many bytes, by default all. Raises UserError."""
     root = Path(sysconfig.get_paths()["stdlib"], source)
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & {*path.relative_to(root).parts}]
     if not paths:
@@ -195,38 +194,34 @@ def train(flags, out):
 
 def versions():
     git = ["git", "-C", str(TRAIN.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
-    return found | {"torch": torch.__version__, "python": platform.python_version()}
+    found = {"torch": torch.__version__, "python": platform.python_version(), "date": str(date.today())}
+    return found | {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
 
 
 def scores(experiment, result):
     """What is to be low, at each validation of a run: nats per byte, or the share of wrong classes. It is
     infinite where it was not finite, and for a run that was given up."""
-    curve = result["curve"] or [{"val_loss": None, "val_accuracy": -math.inf}]
     if EXPERIMENTS[experiment].score == "error":
-        return [1 - entry["val_accuracy"] for entry in curve]
-    return [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in curve]
+        return [1 - entry["val_accuracy"] for entry in result["curve"]] or [math.inf]
+    losses = [entry["val_loss"] for entry in result["curve"]] or [None]
+    return [math.inf if loss is None else loss for loss in losses]
 
 
 def run_arm(experiment, arm):
-    """Tune an arm, and run what is best with each seed. Returns (the best flags, the result of their tuning
-    run, those of the seeds)."""
-    flags, members = "", EXPERIMENTS[experiment].arms[arm].members
-    for options in ((), *EXPERIMENTS[experiment].arms[arm].rounds):
+    """Tune an arm. Returns (the best flags, the result of their tuning run, [those of each seed])."""
+    flags, definition = "", EXPERIMENTS[experiment].arms[arm]
+    for options in ((), *definition.rounds):
         results = {}
         for candidate in [flags, *(f"{flags} {option}".strip() for option in options)]:
             results[candidate] = run_once(experiment, arm, candidate, TUNING_SEED)
         flags = min(results, key=lambda candidate: min(scores(experiment, results[candidate])))
-    if members > 1:
-        reported = [average_once(experiment, arm, flags, seed, members) for seed in SEEDS]
-    else:
-        reported = [run_once(experiment, arm, flags, seed) for seed in SEEDS]
-    return flags, results[flags], reported
+    run_seed = average_once if definition.members > 1 else run_once
+    return flags, results[flags], [run_seed(experiment, arm, flags, seed) for seed in SEEDS]
 
 
-def average_once(experiment, arm, flags, seed, members):
-    """The result of so many runs whose predictions are averaged, as if they were one run."""
+def average_once(experiment, arm, flags, seed):
+    """The result of an arm's members, whose predictions are averaged, as if they were one run."""
+    members = EXPERIMENTS[experiment].arms[arm].members
     seeds = range(seed * members, (seed + 1) * members)
     first, *_ = [run_once(experiment, arm, flags, each) for each in seeds]
     path = Path("results", experiment, f"average-{name_of(arm, flags, seed)}.json")
@@ -273,9 +268,8 @@ def row(experiment, name):
 
 def table(experiment):
     """Markdown, for results/README.md. Losses are in nats per byte, errors are shares of the images."""
-    score, tested_on = "loss", "second text"
-    if EXPERIMENTS[experiment].score == "error":
-        score, tested_on = "error", "test images"
+    score = EXPERIMENTS[experiment].score
+    tested_on = {"loss": "second text", "error": "test images"}[score]
     titles = "arm | flags | weights / activations / FLOPs of a worker | tuning runs"
     titles += f" | lowest {score} in tuning | {tested_on}: {score} at that step | {score} after the last step"
     rows = [row(experiment, arm) for arm in EXPERIMENTS[experiment].arms]
@@ -286,13 +280,11 @@ def main(argv=None):
     parser = make_parser(__doc__, FLAGS)
     parser.add_argument("name", choices=tuple(EXPERIMENTS), help="of the experiment")
     args = parser.parse_args(argv)
-    try:
+    with parser.answering(UserError, OSError):
         EXPERIMENTS[args.name].prepare(Path("datasets", args.name))
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(partial(run_arm, args.name), EXPERIMENTS[args.name].arms))
         print(table(args.name))
-    except (UserError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def main():
     parser = launch.make_parser(__doc__, {flag[0]: flag for flag in (*train.FLAGS, *FLAGS)}.values())
     args, _ = train.parse(None, parser)
     args.arms = ["ddp", *(arm for arm in args.arms.split(",") if arm != "ddp")]
-    try:
+    with parser.answering(UserError):
         for flag in ("mask", "assign", "workers", "resume", "resample", "finish", "epochs", "device"):
             if getattr(args, flag) != parser.get_default(flag):
                 raise UserError(f"--{flag} {getattr(args, flag)}: is not for results.wire; leave it out")
@@ -145,8 +145,6 @@ def main():
             args.arms.remove("fsdp")
             print(f"fsdp is left out: it needs a newer torch on a CPU than {torch.__version__}")
         run_machines(args)
-    except UserError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

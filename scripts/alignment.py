@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 import train
 from masks import UserError, assign
+from support import evaluation
+from support.chunks import by_bucket
 from support.launch import at_least, make_parser, rank
 from support.peers import add_up
 
@@ -36,15 +38,16 @@ def compare(engine, batches, args, step):
     buckets, traffic = list(engine.buckets.values()), engine.traffic.copy()
     dots = np.zeros((len(engine.trains) + 1, len(buckets) + 1, 3))  # the last of the owners, of all
     sums = [0] * len(buckets)  # of the whole model's gradients
-    with engine.whole() as whole:
+    with evaluation.whole(engine) as whole:
         whole.requires_grad_(True).train()
+        parameters = [list(named.values()) for named in by_bucket(whole).values()]
         for number, worker in engine.workers.items():
             whole.zero_grad()
             train.play(batches, args, step, number, whole, engine.weights[number])
             with engine.turn(number, args.micro_batches + 1) as model:  # sends nothing before the end
                 train.play(batches, args, step, number, model, engine.weights[number])
                 for layer, (bucket, part) in enumerate(zip(buckets, worker.parts)):
-                    gradient = flatten(map(whole.get_parameter, bucket.shapes), bucket)
+                    gradient = flatten(parameters[layer], bucket)
                     sums[layer] += gradient
                     held = np.repeat(bucket.has(engine.trains)[number], np.diff(bucket.chunk_edges))
                     a, b = flatten(part.trained, bucket), gradient[torch.from_numpy(held)]

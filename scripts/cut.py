@@ -1,8 +1,5 @@
-"""Cut a subnetwork out of a trained network: a random share of its units, with their parameters.
-
-Training with changing masks trains every such part, as in LayerDrop (https://arxiv.org/abs/1909.11556).
-Used by scripts.evaluate and scripts.export.
-"""
+"""Cut a subnetwork out of a trained network: a random share of its units, with their parameters. Training
+with changing masks trains every such part, as in LayerDrop (https://arxiv.org/abs/1909.11556)."""
 
 import math
 from contextlib import suppress

@@ -1,14 +1,14 @@
 """Validate the model of a checkpoint as in training: python -m scripts.evaluate runs/a/ckpt.pt
 
 With --coverage 0.25,0.5,1 it validates random subnetworks, ten of each coverage. Processes of torchrun
-share the work.
-"""
+share the work."""
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from masks import UserError
+from model import BatchNorm
 from scripts.cut import check_coverage, choose, cut, units_to_cut
 from scripts.export import model_of
 from support import checkpoint, launch
@@ -40,22 +40,13 @@ def print_parts(model, units, coverage, data, args, device):
         print(line, flush=True)
 
 
-def print_whole(model, data, args, device):
-    """Print a line about a whole model, with the batch norm statistics that it has."""
-    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
-    loss, accuracy = evaluate(model.to(device), data, args.batch_size, device)
-    if dist.get_rank() == 0:
-        print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
-
-
 def main(argv=None):
     own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
     flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
     flags.append(("--coverage", coverages, None, "validate random subnetworks with these shares of units"))
+    flags.append(("checkpoint", str, None, "a checkpoint of train.py"))
     parser = launch.make_parser(__doc__, flags)
-    parser.add_argument("checkpoint", help="a checkpoint of train.py")
-    try:
+    with parser.answering(UserError):
         given = parser.parse_args(argv)
         saved = checkpoint.read_checkpoint(given.checkpoint)
         units = units_to_cut(given, saved)
@@ -66,15 +57,17 @@ def main(argv=None):
         make_config(args, data, saved)  # raises where the data does not fit
         model = model_of(saved)
         device, _ = launch.start("auto", args.timeout)
-    except UserError as error:
-        parser.error(str(error))
     for parameter in model.parameters():
         parameter.data = parameter.to(getattr(torch, args.dtype))  # as in training
     data = data.to(device)
     for coverage in given.coverage or ():
         print_parts(model, units, coverage, data, args, device)
-    if not given.coverage:
-        print_whole(model, data, args, device)
+    if not given.coverage:  # the whole model, with the batch norm statistics that it has
+        for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
+            norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
+        loss, accuracy = evaluate(model.to(device), data, args.batch_size, device)
+        if dist.get_rank() == 0:
+            print(f"step {args.step}: val_loss {loss:.4f} nats per {data.item}, accuracy {accuracy:.4f}")
     launch.shut_down()
 
 

@@ -3,8 +3,7 @@
 python -m scripts.export runs/a/ckpt.pt weights.pt      # a state dict, as model.build(config) loads it
 python -m scripts.export runs/a/ckpt.pt folder --hf     # of a GPT: for transformers' LlamaForCausalLM
 
-With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama.
-"""
+With --coverage 0.5 a random half of the units, for model.build(config, {layer: (count, 0)}) or a Llama."""
 
 import json
 import tempfile
@@ -40,14 +39,12 @@ def read(args):
     """The model that the flags ask for: the whole one, or a part of it. Raises UserError."""
     saved = checkpoint.read_checkpoint(args.checkpoint)
     units, model = units_to_cut(args, saved), model_of(saved)
-    if units:
-        model = cut(model, units, choose(units, args.coverage, args.seed))
     if units and any(isinstance(module, BatchNorm) for module in model.modules()):
         why = "the batch norms of a cut ResNet need statistics from data"
         raise UserError(f"--coverage: {why}; export a whole one, or one trained with --norm group")
     if args.hf and not isinstance(model.config, GPTConfig):
         raise UserError("--hf: needs a GPT, but the checkpoint has another model")
-    return model
+    return cut(model, units, choose(units, args.coverage, args.seed)) if units else model
 
 
 def describe_llama(model):
@@ -86,9 +83,9 @@ def write_llama(model, path):
     """Write a folder, whole or not at all: with model.safetensors where safetensors is installed, else with
     pytorch_model.bin. Raises UserError, OSError, or torch's writer RuntimeError."""
     about, weights = describe_llama(model), llama_weights(model)
-    tokens = "bytes, 0 to 255: bytes(tokens) is the text"
-    if model.config.vocabulary != 256:
-        tokens = 'those of GPT-2: transformers.AutoTokenizer.from_pretrained("gpt2")'
+    of_gpt2 = 'those of GPT-2: transformers.AutoTokenizer.from_pretrained("gpt2")'
+    tokens = "bytes, 0 to 255: bytes(tokens) is the text" if model.config.vocabulary == 256 else of_gpt2
+    readme = f"A GPT for transformers' LlamaForCausalLM. Its tokens are {tokens}.\n"
     with tempfile.TemporaryDirectory(dir=path.parent) as part:
         folder = Path(part, "llama")
         folder.mkdir()
@@ -98,9 +95,7 @@ def write_llama(model, path):
         else:
             save_file(weights, folder / "pytorch_model.bin")
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        (folder / "README.md").write_text(
-            f"A GPT for transformers' LlamaForCausalLM. Its tokens are {tokens}.\n"
-        )
+        (folder / "README.md").write_text(readme)
         folder.rename(path)
 
 
@@ -110,24 +105,23 @@ def main(argv=None):
     flags.append(("--coverage", check_coverage, None, "write a random subnetwork, this share of units"))
     flags.append(("--seed", at_least(0), 0, "of the random subnetwork"))
     flags.append(("--hf", bool, False, "write a GPT as a folder for transformers' LlamaForCausalLM"))
+    flags.append(("checkpoint", str, None, "a checkpoint of train.py"))
+    flags.append(("file", Path, None, "file to write; with --hf, folder to make"))
     parser = make_parser(__doc__.splitlines()[0], flags)
-    parser.add_argument("checkpoint", help="a checkpoint of train.py")
-    parser.add_argument("file", type=Path, help="file to write; with --hf, folder to make")
-    try:
+    with parser.answering(UserError):
         args = parser.parse_args(argv)
         model = read(args)
         if args.file.exists():
             raise UserError(f"{args.file}: exists already; choose another name")
-        if args.hf:
-            write_llama(model, args.file)
-        else:
-            save_file(model.state_dict(), args.file)
+        try:
+            if args.hf:
+                write_llama(model, args.file)
+            else:
+                save_file(model.state_dict(), args.file)
+        except (OSError, RuntimeError) as error:
+            parser.error(f"{args.file}: cannot be written ({' '.join(str(error).split())})")
         params = sum(parameter.numel() for parameter in model.parameters())
         print(f"wrote {args.file}: {params:,} parameters, in blocks {', '.join(model.blocks)}")
-    except UserError as error:
-        parser.error(str(error))
-    except (OSError, RuntimeError) as error:
-        parser.error(f"{args.file}: cannot be written ({' '.join(str(error).split())})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Print how many steps take a masked worker the FLOPs that --steps take a dense one.
 
-python -m scripts.flops --mask forward --finish 0.3 --steps 1000     # with the flags of train.py
-"""
+python -m scripts.flops --mask forward --finish 0.3 --steps 1000     # with the flags of train.py"""
 
 import masks
 import train
@@ -13,11 +12,9 @@ def main(argv=None):
     parser = train.make_parser()
     parser.description = __doc__.splitlines()[0]
     args, saved = train.parse(argv, parser)
-    try:
+    with parser.answering(masks.UserError):
         plan = train.make_plan(args, saved, masks.assign)
         device, _ = launch.start(args.device, args.timeout)
-    except masks.UserError as error:
-        parser.error(str(error))
     args.compile = False  # which changes no FLOPs
     args.dtype = args.dtype or launch.default_dtype(device)
     mask = plan.draw_mask(0)

@@ -61,16 +61,16 @@ def computing_seconds(scheme, params, held, tokens, tflops):
 
 
 def table(args):
-    """The lines to print. Raises UserError."""
+    """Yields the lines to print. Raises UserError."""
     with torch.device("meta"):
         whole = build(GPTConfig(**SIZES["gpt"][args.size], vocabulary=args.vocabulary))
     params, workers = sum(parameter.numel() for parameter in whole.parameters()), args.machines * args.gpus
     shared = 1 - sum(unit.cost for unit in units_of(whole, "block")) / params
     held, by_machine = (held_share(shared, args.coverage, groups) for groups in (workers, args.machines))
     union = held_share(shared, args.coverage, workers, args.gpus)
-    first = f"P = {params:,}, S = {shared:.3f}, H = {held:.3f} (by machine {by_machine:.3f}), U = {union:.3f}"
+    yield f"P = {params:,}, S = {shared:.3f}, H = {held:.3f} (by machine {by_machine:.3f}), U = {union:.3f}"
     titles = f"{'scheme':<20}{'MB a machine':>13}{'MB a link':>11}{'computing, s':>14}"
-    lines = [first, titles + "".join(f"{rate:>5} Gbit/s, s  ratio" for rate in args.gbit)]
+    yield titles + "".join(f"{rate:>5} Gbit/s, s  ratio" for rate in args.gbit)
     for scheme in SCHEMES:
         sent = sent_by_machine(scheme, 2 * params, shared, args.coverage, args.machines, args.gpus)
         own = by_machine if scheme.endswith("by machine") else held
@@ -79,18 +79,14 @@ def table(args):
         for rate in args.gbit:
             seconds = sent * 8 / (rate * 1e9)
             line += f"{seconds:>15.3g}{seconds / computing:>7.2f}"
-        lines.append(line)
-    return lines
+        yield line
 
 
 def main(argv=None):
     parser = make_parser(__doc__, FLAGS)
     args = parser.parse_args(argv)
-    try:
-        lines = table(args)
-    except UserError as error:
-        parser.error(str(error))
-    print(*lines, NOTES.format(**vars(args)), sep="\n")
+    with parser.answering(UserError):
+        print(*table(args), NOTES.format(**vars(args)), sep="\n")
 
 
 if __name__ == "__main__":

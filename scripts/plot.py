@@ -1,6 +1,7 @@
 """Draw the validation loss of runs against what they cost, as SVG: python -m scripts.plot PATH..."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,10 @@ def draw(figure, arms):
     for number, ((arm, _), runs) in enumerate(arms.items()):  # runs: [seeds, validations, columns]
         (mean, *costs), low, high = runs.mean(0).T, runs[..., 0].min(0), runs[..., 0].max(0)
         costs = dict(zip(COSTS, costs))
+        style = "o-" if number < 10 else "s--"  # there are ten colors
         for axes, key in zip(panels, shown):
             unit, title = COSTS[key]
             cost = costs[key] / unit
-            style = "o-" if number < 10 else "s--"  # there are ten colors
             axes.plot(cost, mean, style, color=f"C{number}", label=arm)
             axes.fill_between(cost, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
             axes.vlines(cost[-1], low[-1], high[-1], color=f"C{number}")
@@ -83,20 +84,18 @@ def main(argv=None):
     parser = make_parser(__doc__, FLAGS)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or a folder of runs")
     args = parser.parse_args(argv)
-    try:
+    if find_spec("matplotlib") is None:
+        parser.error("needs matplotlib: pip install matplotlib")
+    from matplotlib import figure, rcParams
+
+    with parser.answering(UserError, OSError):
         if not args.out.endswith(".svg"):
             raise UserError(f"--out {args.out}: must end in .svg")
-        from matplotlib import figure, rcParams
-
         rcParams.update(STYLE)
         page = figure.Figure((12.5, 3.2), layout="constrained")
         draw(page, read_all(args.paths))
         page.savefig(args.out, format="svg", metadata={"Date": None})
         print(f"wrote {args.out}")
-    except ImportError:
-        parser.error("needs matplotlib: pip install matplotlib")
-    except (UserError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 python -m scripts.prepare cifar10                          # or cifar100
 python -m scripts.prepare imagenet --src DIR --size 224    # of folders of JPEGs (needs Pillow)
-python -m scripts.prepare fineweb --shards 10              # a billion tokens of web text
-"""
+python -m scripts.prepare fineweb --shards 10              # a billion tokens of web text"""
 
 import hashlib
 import http.client
@@ -29,6 +28,7 @@ from support.launch import Parser, at_least
 
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 Cifar = namedtuple("Cifar", "archive md5 folder files key classes")  # the last file is the one to test on
 CIFAR = {
     "cifar10": Cifar("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py",
@@ -47,9 +47,10 @@ def download(url, path):
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
         with urllib.request.urlopen(request, timeout=30) as reply:
-            with part.open("ab" if reply.status == 206 else "wb") as file:  # 200: it sends all again
-                total = file.tell() + int(reply.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(file, "write", total, initial=file.tell(), desc=path.name) as output:
+            begin = begin if reply.status == 206 else 0  # 200: it sends all again
+            total = begin + int(reply.headers["Content-Length"] or 0)
+            with part.open("ab" if begin else "wb") as file:
+                with tqdm.wrapattr(file, "write", total, initial=begin, desc=path.name) as output:
                     shutil.copyfileobj(reply, output)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 416:  # 416: nothing comes after what is there
@@ -62,10 +63,9 @@ def prepare_fineweb(folder, shards, url=None):
     """Download a shard to validate on and `shards` to train on. Check every token. Raises UserError."""
     if shards > 103:
         raise UserError(f"--shards {shards}: must be at most 103")
-    url = (url or FINEWEB_URL).rstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("fineweb_val_000000.bin", *(f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1))):
-        received = download(f"{url}/{name}", folder / name)
+        received = download(f"{(url or FINEWEB_URL).rstrip('/')}/{name}", folder / name)
         tokens = data.read_shard(received, every_token=True)
         received.replace(folder / name)
         print(f"{name}: {len(tokens):,} tokens")
@@ -145,16 +145,15 @@ def prepare_imagenet(src, out, size):
     if not val.keys() <= train.keys():
         raise UserError(f"--src {src}: val has the class {min(val.keys() - train)}, but train does not")
     with new_arrays(out, size, side, train) as part:
-        write_split(src, part, "train", train, list(train), side)
-        write_split(src, part, "val", val, list(train), side)
+        for split, folders in (("train", train), ("val", val)):
+            write_split(src, part, split, folders, list(train), side)
 
 
 def class_folders(folder):
     """{class: paths of its images} of a folder of folders. Raises UserError where one has none."""
-    images = {here.name: [] for here in sorted(folder.glob("*/"))}
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix.lower() in (".jpeg", ".jpg", ".png"):
-            images[path.parent.name].append(path)
+    images = {}
+    for here in sorted(folder.glob("*/")):
+        images[here.name] = [p for p in sorted(here.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
     empty = [name for name in images if not images[name]]
     if empty or not images:
         raise UserError(f"--src: {folder} must have folders of JPEGs or PNGs; empty: {empty[:3]}")
@@ -203,22 +202,18 @@ def main(arguments=None):
     for command, folder in ((cifar10, "datasets"), (cifar100, "datasets"), (fineweb, "datasets/fineweb")):
         command.add_argument("--data-dir", default=folder, help=f"folder for the data (default: {folder})")
         command.add_argument("--data-url", help="a mirror (default: the official site)")
-    fineweb.add_argument(
-        "--shards", type=at_least(1), default=1, help="1 to 103 files of 200 MB (default: 1)"
-    )
+    fineweb.add_argument("--shards", type=at_least(1), default=1, help="1 to 103, of 200 MB (default: 1)")
     imagenet.add_argument("--src", required=True, help="folder with train/ and val/, with a folder a class")
     imagenet.add_argument("--size", type=at_least(16), default=224, help="pixels of a side (default: 224)")
     imagenet.add_argument("--out", default="datasets/imagenet", help="folder (default: datasets/imagenet)")
     args = parser.parse_args(arguments)
-    try:
+    with parser.answering(UserError, OSError):  # an OSError names what cannot be written or read
         if args.data == "fineweb":
             prepare_fineweb(Path(args.data_dir), args.shards, args.data_url)
         elif args.data == "imagenet":
             prepare_imagenet(Path(args.src), Path(args.out), args.size)
         else:
             prepare_cifar(args.data, Path(args.data_dir), args.data_url)
-    except (UserError, OSError) as error:  # an OSError names what cannot be written or read
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -33,15 +33,13 @@ def main(argv=None):
     parser.add_argument("--temperature", type=at_least(0, float), default=0.8, help="0 = greedy (0.8)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random choices (default: 0)")
     args = parser.parse_args(argv)
-    try:
+    with parser.answering(UserError):
         if bool(args.checkpoint) == bool(args.out):
             raise UserError("--out: give the folder of a run or a checkpoint, and not both")
         model = load_model(args.checkpoint or args.out)
         if not isinstance(model.config, GPTConfig):
             raise UserError(f"{args.checkpoint or args.out}: is not a GPT; only a GPT can continue a text")
         encode, decode = tokenizer(model.config.vocabulary)
-    except UserError as error:
-        parser.error(str(error))
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character can be of several tokens
     print(args.prompt, end="", flush=True)
     for token in continue_text(model, encode(args.prompt or "\n"), args.tokens, args.temperature, args.seed):

@@ -1,12 +1,9 @@
 """Do workers wait for each other? Measured with blocks that sleep: python -m scripts.stall
 
-A block that sleeps needs no core, and stands for a GPU that computes. So a few cores show who waits for
-whom; real computing would hide it, since a worker that waits lends its core to the others. A block takes
-equal times for its forward pass, for the gradient of its input, and for those of its weights, in
-proportion to what a worker has of it.
-"""
+A block that sleeps needs no core, as if a GPU computed. Real computing would hide who waits for whom: a
+worker that waits lends its core to the others. A block takes equal times for its forward pass, for the
+gradient of its input, and for those of its weights, in proportion to what a worker has of it."""
 
-import os
 import tempfile
 import time
 from functools import partial
@@ -38,31 +35,22 @@ class OneAtATime(Layout):
         return 1
 
 
-class Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x, forward_seconds, backward_seconds):
-        context.seconds = backward_seconds
-        time.sleep(forward_seconds)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(context, gradient):
-        time.sleep(context.seconds)
-        return gradient, None, None
+def sleep(forward_seconds, backward_seconds, block, inputs, y):
+    """A forward hook: a pause now, and another one before the block's backward pass."""
+    time.sleep(forward_seconds)
+    y.register_hook(lambda gradient: time.sleep(backward_seconds))
 
 
 def build_asleep(config, third, units):
     """As model.build, with blocks that sleep so many seconds for each third of a step."""
     model, whole = build(config, units), build(config).blocks["0"]
+    of_a_weight = third / sum(p.numel() for p in whole.parameters())
     model.seconds = 0.0
     for block in model.blocks.values():
-        weights = [(p.numel(), p.requires_grad) for p in block.parameters()]
-        unit = third / sum(p.numel() for p in whole.parameters())
-        forward = unit * sum(size for size, _ in weights)
-        backward = forward + unit * sum(size for size, is_trained in weights if is_trained)
-        seconds = forward, backward
-        block.register_forward_hook(lambda block, x, y, seconds=seconds: Sleep.apply(y, *seconds))
-        model.seconds += forward + backward
+        forward = of_a_weight * sum(p.numel() for p in block.parameters())
+        weights = of_a_weight * sum(p.numel() for p in block.parameters() if p.requires_grad)
+        block.register_forward_hook(partial(sleep, forward, forward + weights))
+        model.seconds += 2 * forward + weights
     return model
 
 
@@ -85,7 +73,7 @@ def measure(args):
     """Yields (mode, level, own computing / dense, [turn / own computing of each way]) on each process."""
     config = GPTConfig(layers=args.layers, width=32, heads=4, hidden=64, context=8)
     third, holders = args.milliseconds / 1e3, holders_per_unit(args.coverage, args.workers)
-    common = partial(initial_value, seed=0), torch.optim.AdamW
+    common = partial(build_asleep, config, third), partial(initial_value, seed=0), torch.optim.AdamW
     for mode, level in SCHEMES:
         units = units_of(build(config), level)
         mask, ratios = assign(units, args.workers, holders), []
@@ -94,8 +82,7 @@ def measure(args):
             uneven = mask[:, np.random.default_rng(0).permutation(len(units))]
             ways.append((uneven, OneAtATime()))
         for dealt, layout in ways:
-            asleep = partial(build_asleep, config, third)
-            engine = SDP(asleep, *common, units, dealt, mode, layout=layout)
+            engine = SDP(*common, units, dealt, mode, layout=layout)
             turn, own = time_turns(engine, config, args.steps)
             ratios.append(turn / own)
         yield mode, level, own / (3 * third * args.layers), ratios
@@ -119,8 +106,7 @@ def main(argv=None):
     print("way, as in the engine; with one; with one and units dealt without regard to the depth")
     print(f"{'':<18}{'own / dense':>14}{'N / p':>14}{'one':>14}{'one, uneven':>14}")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = args, os.path.join(folder, "store")
-        torch.multiprocessing.spawn(run, arguments, nprocs=args.workers)
+        torch.multiprocessing.spawn(run, (args, f"{folder}/store"), nprocs=args.workers)
 
 
 if __name__ == "__main__":

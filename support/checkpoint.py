@@ -35,18 +35,20 @@ def gather_state(engine):
     """The whole model, {name: tensor}, and its optimizer's state, {name: {key: tensor}}, in rank 0's CPU
     memory and at the owners' precision; empty on the others. Gathered bucket by bucket."""
     found = defaultdict(dict)  # {name: {key: tensor}}, with the key "" for the master copy
+    with torch.device("meta"):
+        shaped = engine.build({})
     for bucket in engine.buckets.values():
-        mine, of_all = [], [None] * engine.processes if engine.rank == 0 else None
+        mine, of_all = [], [()] * engine.processes
         for name, (where, piece) in bucket.pieces.items():
             for key, tensor in {"": piece, **engine.optimizer.state[piece]}.items():
                 mine.append((name, key, where, tensor.to("cpu", copy=True)))
         with peers():
-            dist.gather_object(mine, of_all)
-        for name, key, where, tensor in chain(*(of_all or ())):
+            dist.gather_object(mine, of_all if engine.rank == 0 else None)
+        for name, key, where, tensor in chain(*of_all):
             if tensor.dim() == 0:  # the number of steps, which is the same for all
                 found[name][key] = tensor
             else:
-                whole = found[name].setdefault(key, tensor.new_empty(bucket.shapes[name]))
+                whole = found[name].setdefault(key, tensor.new_empty(shaped.get_parameter(name).shape))
                 whole.view(-1)[where] = tensor
     return {name: tensors.pop("") for name, tensors in found.items()}, dict(found)
 
@@ -82,9 +84,9 @@ def save(engine, content, buffers, out):
     """Write a checkpoint of what an engine has, and `content`, into the folder of --out. All processes take
     part, and raise UserError where it cannot be written. buffers: further tensors of the model."""
     model, optimizer = gather_state(engine)
+    content = {"format": FORMAT, **content, "model": model | buffers, "optimizer": optimizer}
     problem = ""
     if engine.rank == 0:
-        content = {"format": FORMAT, **content, "model": model | buffers, "optimizer": optimizer}
         try:
             with open(out / "log.jsonl", "a") as log:
                 os.fsync(log.fileno())
@@ -135,18 +137,16 @@ def restarted():
 
 
 def read_to_resume(resume, out):
-    """The checkpoint to go on from, or None, as of `read_checkpoint`, with "of_out": does it lie
-    in the folder of --out? resume: --resume, which is "" where no file was named: then it is what is in
-    `out`, if there is something. After a restart by torchrun that comes first. Raises UserError."""
+    """The checkpoint to go on from, or None, as of `read_checkpoint`, with "of_out": does it lie in `out`?
+    resume: --resume, which is "" where no file was named: then it is what is in `out`, if there is something.
+    After a restart by torchrun that comes first. Raises UserError."""
     if resume == "" and not out:
         raise UserError("--resume: without a file, needs the --out that has one")
-    paths = [Path(resume)] if resume else []
-    if out and (resume == "" or restarted()):
-        in_out = [path for path in (Path(out, LATEST), Path(out, PREVIOUS)) if path.exists()]
-        paths = in_out or paths
-    if not paths:
+    first = (LATEST, PREVIOUS) if out and (resume == "" or restarted()) else ()
+    path = next((Path(out, name) for name in first if Path(out, name).exists()), resume)
+    if not path:
         return None
-    saved = read_checkpoint(paths[0], flag="--resume: ")
+    saved = read_checkpoint(path, flag="--resume: ")
     return saved | {"of_out": bool(out) and saved["path"].resolve().parent == Path(out).resolve()}
 
 

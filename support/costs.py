@@ -48,11 +48,11 @@ def measured(passes=1):
     cost["activation_bytes"] = sum(sizes.values())
 
 
-def play_without_memory(module, config, rows, passes, dtype, device):
+def play_without_memory(module, config, rows, passes, engine):
     """What `measured` finds in a step of a module on the meta device: it gets fake tensors, which have shapes
-    and no memory. rows: of a pass."""
-    with FakeTensorMode(), torch.device(device):
-        values = {name: torch.empty(p.shape, dtype=dtype) for name, p in module.named_parameters()}
+    and no memory. rows: of a pass; engine: whose dtype and device the module would have."""
+    with FakeTensorMode(), torch.device(engine.device):
+        values = {name: torch.empty(p.shape, dtype=engine.dtype) for name, p in module.named_parameters()}
         module.load_state_dict(values, assign=True)
         with measured(passes) as cost:
             module(*example(config, rows)).backward()
@@ -60,13 +60,11 @@ def play_without_memory(module, config, rows, passes, dtype, device):
 
 
 def dry_run(args, config, engine):
-    """{worker: what `measured` finds in a step} for this process's workers. To measure a real step would
-    change its rounding."""
-    found, share = {}, args.batch_size // sum(args.rows) // args.micro_batches
+    """{own worker: what `measured` finds in a step}. To measure a real step would change its rounding."""
+    found, passes = {}, args.micro_batches
     for worker in engine.workers:
-        module, rows = engine.make_module(worker), share * args.rows[worker]
-        step = module, config, rows, args.micro_batches, engine.dtype, engine.device
-        found[worker] = play_without_memory(*step)
+        rows = args.batch_size // sum(args.rows) // passes * args.rows[worker]
+        found[worker] = play_without_memory(engine.make_module(worker), config, rows, passes, engine)
     return found
 
 
@@ -86,14 +84,13 @@ def memory(engine, worker, passes):
 def gradient_bytes(worker, passes):
     """A worker's gradients at their most: those of the layer that it is about to push, and the buffers of
     the pushes under way. With several passes, all gradients that have not left yet."""
-    parts, most = worker.parts[::-1], 0  # in the order of the pushes
-    for number, part in enumerate(parts):
-        complete = parts[number:] if passes > 1 else [part]
-        gradients = sum(p.nbytes for each in complete for p in each.trained)
+    parts, at_a_push = worker.parts[::-1], []  # in the order of the pushes
+    for number in range(len(parts)):
+        complete = parts[number:] if passes > 1 else parts[number : number + 1]
         under_way = parts[max(0, number - worker.pushes_at_once) : number]
-        buffers = sum(each.routes.push_buffer * each.values.itemsize for each in under_way)
-        most = max(most, gradients + buffers)
-    return most
+        gradients = sum(p.nbytes for part in complete for p in part.trained)
+        at_a_push.append(gradients + sum(p.routes.push_buffer * p.values.itemsize for p in under_way))
+    return max(at_a_push)
 
 
 class Phase:
@@ -130,12 +127,12 @@ def dense_worker(args, config, engine):
     rows = max(1, int(share))
     with torch.device("meta"):
         model = build(config)
-    cost = play_without_memory(model, config, rows, args.micro_batches, engine.dtype, engine.device)
-    cost = {key: round(value * share / rows) for key, value in cost.items()}
+    cost = play_without_memory(model, config, rows, args.micro_batches, engine)
     params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
     moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
     master = 4 if width < 4 else 0  # a second, float32 copy of the weights in mixed precision
-    row = cost | {"worker": None, "held_params": params, "peak_bytes": None}
+    row = {"worker": None, "held_params": params, "peak_bytes": None}
+    row |= {key: round(value * share / rows) for key, value in cost.items()}
     row["weight_bytes"] = row["grad_bytes"] = params * width
     row["optimizer_bytes"] = params * (master + moments)
     row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
@@ -178,14 +175,13 @@ def over_phases(phases):
     """One row a worker from the phases of a run: memory at its highest, the rest per step in the mean."""
     steps, rows = [phase["steps"] for phase in phases], []
     for of_worker in zip(*(phase["per_worker"] for phase in phases)):
-        row = dict(of_worker[0])
-        for key in row:
-            values = [of_phase[key] for of_phase in of_worker]
-            if key in ("flops", "push_bytes", "pull_bytes", "between_machines_bytes"):
-                row[key] = round(np.average(values, weights=steps))
-            elif row[key] is not None:
-                row[key] = max(values)
-        rows.append(row)
+        rows.append(dict(of_worker[0]))
+        for key, value in of_worker[0].items():
+            values = [row[key] for row in of_worker]
+            if key in ("flops", *SENT, "between_machines_bytes"):
+                rows[-1][key] = round(np.average(values, weights=steps))
+            elif value is not None:
+                rows[-1][key] = max(values)
     return rows
 
 

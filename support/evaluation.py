@@ -1,5 +1,6 @@
 """The whole model, with the statistics of batch norm by which it is evaluated, its loss, and its text."""
 
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -7,15 +8,30 @@ import torch
 import torch.distributed as dist
 
 from model import LOGITS_AT_ONCE, BatchNorm, cross_entropy
+from sdp import Worker
 from support.peers import add_up
 
 IMAGES, TOGETHER = 1024, 64  # the statistics are those of so many images, normalised so many at a time
 
 
 @contextmanager
+def whole(engine):
+    """`with whole(engine) as model:` gives every process the whole model for a while, in evaluation mode. It
+    is pulled like a worker that holds everything and trains nothing."""
+    everything = np.ones((engine.processes, len(engine.units)), bool)
+    with torch.device("meta"):
+        model = engine.build({}).requires_grad_(False)
+    uncounted = Counter()  # this is no traffic of training
+    reader = Worker(model, engine.buckets, everything, everything, engine.layout, uncounted)
+    reader.begin()
+    reader.wait_for(reader.parts[-1])
+    yield model.eval()
+
+
+@contextmanager
 def whole_model(engine, data, seed):
     """`with whole_model(...) as model:` the whole model, with statistics of its own."""
-    with engine.whole() as model:
+    with whole(engine) as model:
         estimate_statistics(model, calibration_images(data, seed, engine.device))
         yield model
 

@@ -23,17 +23,12 @@ class Journal:
         self.began = 0.0  # of the step
         self.metrics = {}  # what the last validation found
         self.phases = []  # those that have ended, see costs.Phase.end
-        _, mode = plan.setting(plan.progress["step"] + 1)
+        done, steps = plan.progress["step"], plan.args.steps
+        _, mode = plan.setting(done + 1)
         self.phase = costs.Phase(plan, engine, mode)
-        done = plan.progress["step"]
-        self.bar = tqdm(
-            range(done + 1, plan.args.steps + 1),
-            initial=done,
-            total=plan.args.steps,
-            disable=True if engine.rank else None,  # None: where stderr is no terminal
-            unit="step",
-            mininterval=0.5,
-        )
+        options = {"initial": done, "total": steps, "unit": "step", "mininterval": 0.5}
+        options["disable"] = True if engine.rank else None  # None: where stderr is no terminal
+        self.bar = tqdm(range(done + 1, steps + 1), **options)
 
     @contextmanager
     def change(self, mode):
@@ -61,14 +56,12 @@ class Journal:
         progress["in_a_row"] = 0 if is_finite else progress["in_a_row"] + 1
         progress["flops"] += self.phase.flops
         progress["sent_bytes"] += round(sent / args.workers)
-        entry = {"step": step, "loss": loss if is_finite else None, "lr": lr}
-        entry["grad_norm"] = norm if is_finite else None
+        entry = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+        if not is_finite:
+            entry |= {"loss": None, "grad_norm": None, "skipped": progress["skipped"]}
         entry["step_ms"] = self.phase.milliseconds[-1]
         entry[self.plan.data.items] = progress["seen"]
-        entry["flops"], entry["sent_bytes"] = progress["flops"], progress["sent_bytes"]
-        if not is_finite:
-            entry["skipped"] = progress["skipped"]
-        return entry
+        return entry | {key: progress[key] for key in ("flops", "sent_bytes")}
 
     def status(self, loss):
         """Loss and speed of the last step, as text."""

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,6 +26,14 @@ class Parser(argparse.ArgumentParser):
         if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) > 0:
             time.sleep(60)  # torchrun ends all when one leaves, and the first process is to speak before
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    @contextmanager
+    def answering(self, *kinds):
+        """`with parser.answering(UserError):` these exceptions are bad input."""
+        try:
+            yield
+        except kinds as error:
+            self.error(str(error))
 
 
 def at_least(least, kind=int):
@@ -47,8 +56,7 @@ def whole_numbers(text):
 
 
 def make_parser(description, flags, titles=None):
-    """A Parser for a table of flags: (name, type or choices, default, meaning). titles: {first flag: title}
-    of the groups in which --help shows them."""
+    """A Parser for flags: (name, type or choices, default, meaning). titles: {first of a group: title}."""
     group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
     for flag, kind, default, meaning in flags:
@@ -93,7 +101,7 @@ def machines_alike(needed):
     line = "machines have unequal numbers of processes, which exchange as if there were one machine"
     if needed:
         raise UserError(f"--assign machine: {line}; start equally many on each")
-    if dist.get_rank() == 0:
+    if rank() == 0:
         print(line, flush=True)
     return 1
 
@@ -115,18 +123,18 @@ def start(device_name, timeout):
         torch.set_num_threads(max(1, usable_cores // local_processes))
     if dist.is_initialized():  # in a notebook, by a run that was interrupted
         dist.destroy_process_group()
-    store, rank, processes = dist.HashStore(), 0, 1
+    store = dist.HashStore()
     try:
         if "RANK" in os.environ:
-            store, rank, processes = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-            store = fresh_store(store, rank, processes)
-        dist.init_process_group(store=store, rank=rank, world_size=processes, **options)
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+            store = fresh_store(store, rank(), world_size())
+        dist.init_process_group(store=store, rank=rank(), world_size=world_size(), **options)
     except (RuntimeError, ValueError) as error:  # torch has no narrower type for gloo, sockets and ports
         reason = str(error).splitlines()[0]
         port = "where the port is in use, set another MASTER_PORT, or torchrun's --master-port"
         gloo = "where gloo takes a wrong interface, set GLOO_SOCKET_IFNAME (one machine: lo, macOS: lo0)"
         raise UserError(f"the processes cannot reach each other ({reason}); {port}; {gloo}") from error
-    store.set(HEARTBEAT.format(rank), "0")
+    store.set(HEARTBEAT.format(rank()), "0")
     return device, store
 
 
@@ -187,12 +195,11 @@ def shut_down(together=True):
 
 def check_same_everywhere(facts):
     """Raises UserError where a fact, {name: value}, is not the same on all processes."""
-    of_all = gather(facts)
-    for rank, others in enumerate(of_all):
-        for name, value in of_all[0].items():
-            if others[name] != value:
-                values = f"{value!r} on rank 0, but {others[name]!r} on rank {rank}"
-                raise UserError(f"{name.replace('_', '-')}: {values}; must be the same")
+    first, *others = gather(facts)
+    for (name, value), (number, other) in product(first.items(), enumerate(others, start=1)):
+        if other[name] != value:
+            values = f"{value!r} on rank 0, but {other[name]!r} on rank {number}"
+            raise UserError(f"{name.replace('_', '-')}: {values}; must be the same")
 
 
 @contextmanager
@@ -209,15 +216,15 @@ def catch_signals(*numbers):
 def name_the_silent(store):
     """End this process, after a collective has failed, with a line that names who let the others wait. Who
     notices the failure adds a half to its step: so the lowest whole step is the culprit's."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
+    heartbeats = [HEARTBEAT.format(each) for each in range(world_size())]
     try:
         store.set_timeout(timedelta(seconds=10))
-        store.set(HEARTBEAT.format(rank), str(float(store.get(HEARTBEAT.format(rank))) + 0.5))
+        store.set(heartbeats[rank()], str(float(store.get(heartbeats[rank()])) + 0.5))
         time.sleep(2)  # until the others have noticed it too
-        steps = [float(store.get(HEARTBEAT.format(each))) for each in range(processes)]
+        steps = [float(store.get(heartbeat)) for heartbeat in heartbeats]
     except RuntimeError:  # rank 0 has the store, where there is no torchrun
         sys.exit("train.py: error: rank 0 has not answered")
-    if rank != steps.index(max(steps)):  # another one speaks
+    if rank() != steps.index(max(steps)):  # another one speaks
         time.sleep(1)  # torchrun ends all when the first one leaves
         sys.exit(1)
     silent = [f"rank {each}" for each, step in enumerate(steps) if step == min(steps) and step % 1 == 0]

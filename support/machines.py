@@ -2,8 +2,7 @@
 
 Bandwidth is short between machines. So the exchange takes two hops: `across`, among the processes at the same
 place of all machines, and `inside`, among those of a machine. A value crosses once to each machine with a
-reader, and gradients are summed inside before they cross.
-"""
+reader, and gradients are summed inside before they cross."""
 
 import math
 from itertools import zip_longest

@@ -1,7 +1,4 @@
-"""What processes do together: sums and exchanges, and the error when one does not answer.
-
-Needs nothing of ours.
-"""
+"""What processes do together: sums and exchanges, and the error when one does not answer."""
 
 from contextlib import contextmanager
 

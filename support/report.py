@@ -16,7 +16,7 @@ import masks
 from masks import UserError
 from model import example
 from support import checkpoint, costs, launch
-from support.evaluation import continue_text
+from support.evaluation import continue_text, whole
 
 SAMPLE = 200  # bytes
 
@@ -55,9 +55,8 @@ def forecast(plan, make_engine):
     args.dtype = args.dtype or launch.default_dtype(torch.device("cuda" if on_gpu else "cpu"))
     plan.saved = None  # values do not matter
     processes = args.workers if launch.world_size() == 1 else launch.world_size()
-    rows, capacity = np.array(args.rows), np.array(args.capacity or args.rows)
-    loads = mask @ masks.costs(plan.units), mask.sum(axis=1) * rows, capacity
-    fullest = sorted({int(load.argmax()) for load in loads})  # one worker, unless they are unequal
+    loads = mask @ masks.costs(plan.units), mask.sum(axis=1) * args.rows, args.capacity or args.rows
+    fullest = sorted({int(np.argmax(load)) for load in loads})  # one worker, unless they are unequal
     mode = "backward" if args.finish else args.mask  # what takes most
 
     def play(mask, mode):
@@ -94,9 +93,9 @@ def play_without_memory(plan, mask, mode, worker, processes, make_engine):
                 with costs.measured(passes) as cost:
                     model(*example(plan.whole.config, rows)).backward()
         engine.optimizer.step()  # for its state
-        memory = [costs.memory(engine, number, passes) for number in engine.workers]
-        row = memory[list(engine.workers).index(worker)] | cost
-        row["grad_bytes"] = max(each["grad_bytes"] for each in memory)  # buffers differ from turn to turn
+        memory = {number: costs.memory(engine, number, passes) for number in engine.workers}
+        row = memory[worker] | cost
+        row["grad_bytes"] = max(each["grad_bytes"] for each in memory.values())  # buffers differ
         row |= {f"{kind}_bytes": engine.traffic[kind] for kind in ("push", "pull", "between_machines")}
     return row, engine
 
@@ -122,7 +121,13 @@ def open_records(args, saved):
         if args.out and dist.get_rank() == 0:
             log = stack.enter_context(checkpoint.open_log(Path(args.out), saved))
         if args.wandb and dist.get_rank() == 0:
-            tracker = stack.enter_context(start_wandb(args))
+            import wandb
+
+            try:
+                tracker = wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+            except wandb.Error as error:
+                raise UserError(f"--wandb {args.wandb}: {' '.join(str(error).split())}") from error
+            stack.enter_context(tracker)
 
         def record(entry):
             if log:
@@ -133,16 +138,6 @@ def open_records(args, saved):
         yield record
 
 
-def start_wandb(args):
-    """A run of Weights & Biases, with all flags. Raises UserError."""
-    import wandb
-
-    try:
-        return wandb.init(project=args.wandb, config=vars(args), dir=args.out)
-    except wandb.Error as error:
-        raise UserError(f"--wandb {args.wandb}: {' '.join(str(error).split())}") from error
-
-
 def print_results(plan, engine, mask, phases, metrics):
     """Print the table of costs and a sample, and write summary.json. All processes take part."""
     args = plan.args
@@ -150,8 +145,11 @@ def print_results(plan, engine, mask, phases, metrics):
         summary = summarise(plan, engine, mask, phases, metrics)
         if args.out:
             Path(args.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if getattr(plan.whole.config, "vocabulary", None) == 256:
-        print_sample(engine, args.seed)
+    if getattr(plan.whole.config, "vocabulary", None) == 256:  # a GPT of bytes
+        with whole(engine) as model, torch.compiler.set_stance("force_eager"):
+            if engine.rank == 0:
+                text = bytes(continue_text(model, b"\n", SAMPLE, seed=args.seed)).decode(errors="replace")
+                print(f"a sample of {SAMPLE} bytes:\n{text}", flush=True)
 
 
 def summarise(plan, engine, mask, phases, metrics):
@@ -165,11 +163,3 @@ def summarise(plan, engine, mask, phases, metrics):
         "skipped_steps": plan.progress["skipped"],
     } | {f"final_{name}": value for name, value in metrics.items()}  # fmt: skip
     return summary | costs.summarise(args, plan.whole.config, engine, phases)
-
-
-def print_sample(engine, seed):
-    """Print how a GPT of bytes goes on after a new line. All processes take part."""
-    with engine.whole() as model, torch.compiler.set_stance("force_eager"):
-        if engine.rank == 0:
-            text = bytes(continue_text(model, b"\n", SAMPLE, seed=seed)).decode(errors="replace")
-            print(f"a sample of {SAMPLE} bytes:\n{text}", flush=True)
