@@ -144,6 +144,10 @@ def dense_worker(args, config, engine):
     return row
 
 
+def count_machines(engine):
+    return getattr(engine.layout, "machines", 1)  # see support/machines.py
+
+
 def unmasked_worker(engine, mean, dense, passes):
     """What a worker would cost with `--mask none`, in the mean: as in DDP, but gradients and optimizer are
     sharded, and between machines each value crosses once. mean: of the workers; dense: of DDP."""
@@ -154,7 +158,7 @@ def unmasked_worker(engine, mean, dense, passes):
     owned, width = dense["held_params"] / engine.processes, engine.dtype.itemsize
     row = dense | {"optimizer_bytes": round(mean["optimizer_bytes"])}  # owners do not depend on masks
     row["grad_bytes"] = round(gradient_bytes(worker, passes) + owned * max(4, width))
-    row["between_machines_bytes"] = round(2 * owned * (engine.layout.machines - 1) * width)
+    row["between_machines_bytes"] = round(2 * owned * (count_machines(engine) - 1) * width)
     return row
 
 
