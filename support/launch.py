@@ -56,7 +56,7 @@ def whole_numbers(text):
 
 
 def make_parser(description, flags, titles=None):
-    """A Parser for (name, type or choices, default, meaning) of each flag. titles: {a group's first: title}."""
+    """A Parser of flags (name, type or choices, default, meaning). titles: {a group's first flag: title}."""
     group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
     for flag, kind, default, meaning in flags:
