@@ -20,8 +20,8 @@ from support.processes import Launched
 
 pytest_plugins = ["support.testing", "support.processes"]
 
-# With seed 1 no machine holds all units: so its share U is below 1.
-SHAPE = "--layers 4 --context 32 --batch-size 8 --eval-batches 2 --seed 1 --data-dir".split()
+# With seed 3 no machine holds all units: so its share U is below 1.
+SHAPE = "--layers 4 --context 32 --batch-size 8 --eval-batches 2 --seed 3 --data-dir".split()
 SHAPE.append(str(Path(asyncio.__file__).parent))  # few files, which are soon read
 REFUSED = ["--arms ddp,slow", "--mask none", "--machines 1", "--batch-size 6", "--coverage 0.2"]
 
@@ -96,7 +96,7 @@ def test_bytes_on_the_wire(tmp_path):
         assert run.finish() == 0, run.text()
         assert nothing_left(run) and "Warning" not in run.text(), run.text()
     found = json.loads((tmp_path / "wire.json").read_text())
-    assert found["torch"] == torch.__version__ and found["flags"]["seed"] == 1
+    assert found["torch"] == torch.__version__ and found["flags"]["seed"] == 3
     assert [line.split()[0] for line in run.text().splitlines()[1:]] == list(found["arms"]) == list(expected)
     for arm, row in found["arms"].items():
         assert row["sent_mb"] * 1e6 == pytest.approx(expected[arm], rel=0.03), arm

@@ -56,7 +56,7 @@ def whole_numbers(text):
 
 
 def make_parser(description, flags, titles=None):
-    """A Parser for flags: (name, type or choices, default, meaning). titles: {first of a group: title}."""
+    """A Parser of flags (name, type or choices, default, meaning). titles: {a group's first flag: title}."""
     group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
     for flag, kind, default, meaning in flags:
@@ -229,5 +229,5 @@ def name_the_silent(store):
         sys.exit(1)
     silent = [f"rank {each}" for each, step in enumerate(steps) if step == min(steps) and step % 1 == 0]
     who = ", ".join(silent) or "a process"
-    why = "it has ended, was stopped, or needed longer than --timeout; --resume continues from a checkpoint"
+    why = "it has ended, was stopped, or needed longer than --timeout; --resume goes on from a checkpoint"
     sys.exit(f"train.py: error: {who} has not answered in step {min(steps):.0f}: {why}")
