@@ -152,3 +152,14 @@ def test_levers_are_those_of_the_files():
         run = json.loads(path.read_text())
         rows = [line for line in text.splitlines() if line.startswith(f"| {run['arm']} |")]
         assert len(rows) == 1 and rows[0].endswith(f"| {run['curve'][-1]['val_loss']:.3f} |")
+
+
+def test_even_masks_are_those_of_the_files():
+    """Each row of the table has the mean and the spread of its kept runs."""
+    rows = [line.split(" | ") for line in (HERE / "results/README.md").read_text().splitlines()]
+    for arm in ("backward-blocks", "forward-blocks", "forward-neurons", "dense-5"):
+        runs = [json.loads(path.read_text()) for path in (HERE / "results/even").glob(f"{arm}-?.json")]
+        losses = [run["curve"][-1]["val_loss"] for run in runs]
+        (row,) = (row for row in rows if row[0] == f"| {arm}")
+        shown = f"{sum(losses) / len(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        assert row[-2:] == [shown, f"{len(runs)} |"] and len(runs) == 3

@@ -253,10 +253,10 @@ CAPS = {
     "data.py": 280,
     "train.py": 420,
     "course/naive.py": 80,
-    "test_sdp.py": 930,
+    "test_sdp.py": 1013,
     "README.md": 180,
     "support/machines.py": 140,
-    "all that is no test": 4400,
+    "all that is no test": 4700,
 }
 LONGEST_FUNCTION = 60
 CORE = ("course/naive.py", "masks.py", "model.py", "sdp.py", "data.py", "train.py")  # read line by line
