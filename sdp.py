@@ -30,7 +30,7 @@ activation moves. A whole program, on one process:
 
 A *bucket* is the parameters of a block, the embedding or the head, end to end. A *chunk* is a unit's share of
 a parameter, or a parameter without units; a *run* is chunks side by side. A *slice* is what a process owns of
-a bucket, a *piece* of a parameter. A *part* is what a worker has of a bucket. A *route* leads there.
+a bucket, a *piece* of a parameter. A *part* is what a worker has of a bucket; a *route* leads to it.
 Below, a norm has 3 values, and a matrix 4 for each of 2 units. Worker r holds unit r, and reads no more:
 
     value           0  1  2  3  4  5  6  7  8  9 10    chunk_edges    0 3 7 11
@@ -154,7 +154,7 @@ class Layout:
     def exchanges_at_once(self, has):
         """How many are under way at most; has: bool [workers, units]. A worker has one of every N / p layers,
         so it is never further ahead of others. With fewer exchanges under way it would wait for them."""
-        return math.ceil(has.size / has.sum())
+        return math.ceil(has.size / max(1, has.sum()))
 
     def finish_oldest(self, under_way):
         """Wait for the first of the exchanges under way, a deque, and remove it."""
@@ -249,9 +249,7 @@ class Worker:
         part.missing -= 1
         if part.missing < 0:
             raise RuntimeError("more backward passes than turn(worker, passes) was told of")
-        while (
-            self.unpushed and self.unpushed[-1].missing == 0
-        ):  # parts that it does not train have none missing
+        while self.unpushed and self.unpushed[-1].missing == 0:  # so is a part that it does not train
             self._start_push()
 
     def _start_push(self):
