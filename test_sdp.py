@@ -2,7 +2,7 @@
 DistributedDataParallel, autograd on the dense model, arithmetic on the masks. Real gloo processes, no mocks;
 float64 where equality is meant.
 
-    pytest                 # all, three minutes on two cores
+    pytest                 # all, three to five minutes on two cores
     pytest -k masks        # what needs no processes
     SLOW=1 pytest          # more repeats of what is random
 
