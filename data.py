@@ -1,7 +1,7 @@
 """Batches of text or of images, which depend on (seed, step) alone.
 
-The default needs nothing prepared: it is Python's own library. --data text reads any text. What else
---data names needs scripts/prepare.py first. Random numbers are drawn for a whole batch, and a worker
+The default needs nothing prepared: it is Python's own library. --data text reads any text. Other --data
+needs scripts/prepare.py first. Random numbers are drawn for a whole batch, and a worker
 takes its rows of it: so batches depend on no masks. Needs masks.py. Read next: train.py.
 """
 
@@ -31,7 +31,7 @@ DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 
 def load(name, folder=None, context=None, tests=1):
-    """What --data and --data-dir name: Images, or a Text with `tests` validation windows."""
+    """What --data names: Images, or a Text with `tests` validation windows."""
     try:
         if name == "python":  # 11 MB
             return read_bytes(folder or sysconfig.get_paths()["stdlib"], context or 128, tests, ".py")
@@ -46,7 +46,7 @@ def load(name, folder=None, context=None, tests=1):
 
 
 def load_batches(data, engine, args, step):
-    """{worker: (x, y)} for this process's workers: rows that depend on step and worker alone."""
+    """{worker: (x, y)} of this process, by step and worker alone."""
     edges = np.cumsum([0, *args.rows]) * (args.batch_size // sum(args.rows))
     batches = {}
     for worker in engine.workers:
@@ -57,8 +57,8 @@ def load_batches(data, engine, args, step):
 
 class Text:
     """Tokens to train on and tokens held out, in windows of `context` tokens.
-    train, held_out: lists of 1-D integer arrays, in memory or memory-mapped. A window lies in one.
-    shape: what a model must know. outputs: the tokens it chooses from. epoch_size: windows of an epoch.
+    train, held_out: lists of 1-D integer arrays. No window crosses two of them.
+    shape: fields of a model's config. outputs: tokens. epoch_size: windows of an epoch.
     tests: windows to validate. Raises UserError where an array is too short."""
 
     def __init__(self, train, held_out, vocabulary, context, tests=1):
@@ -73,13 +73,13 @@ class Text:
         self.epoch_size = sum(len(tokens) for tokens in train) // context
 
     def batch(self, seed, step, size, which=slice(None), device="cpu"):
-        """Rows `which` of a step's `size` random windows: (tokens, targets), int64 (rows, context)."""
+        """Rows `which` of a step's random windows: (tokens, targets), int64 (rows, context)."""
         count = sum(len(tokens) - self.context for tokens in self.train)
         numbers = np.random.default_rng([seed, step]).integers(0, count, size)
         return self._cut(self.train, numbers[which], device)
 
     def validation(self, which=slice(None), device="cpu"):
-        """Rows `which` of the evenly spaced held-out windows: (tokens, targets), like a batch."""
+        """Rows of the evenly spaced held-out windows, like a batch."""
         count = sum(len(tokens) - self.context for tokens in self.held_out)
         numbers = np.linspace(0, count - 1, self.tests).astype(np.int64)
         return self._cut(self.held_out, numbers[which], device)
@@ -88,7 +88,7 @@ class Text:
         return self  # windows are cut on the CPU
 
     def fingerprint(self):
-        """A checksum by which processes compare their data; of large arrays only their ends count."""
+        """A checksum, to compare processes; of large arrays only their ends count."""
         checksum = 0
         for tokens in (*self.train, *self.held_out):
             if len(tokens) >= 2**25:
@@ -97,7 +97,7 @@ class Text:
         return checksum
 
     def _cut(self, arrays, numbers, device):
-        """The windows with those numbers, which count on from array to array, like a batch."""
+        """The windows with those numbers, which go on from array to array."""
         first = np.cumsum([0] + [len(tokens) - self.context for tokens in arrays])
         array_of = np.searchsorted(first, numbers, side="right") - 1
         windows = np.empty((len(numbers), self.context + 1), dtype=np.int64)
@@ -108,7 +108,7 @@ class Text:
 
 
 def read_bytes(path, context=128, tests=1, ending=""):
-    """A Text of a file's bytes, whose last tenth is held out, or of a folder, see `read_folder`."""
+    """A Text of a file's bytes, the last tenth held out, or of a folder's."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"--data-dir {path}: there is no such file or folder; name one")
@@ -124,11 +124,11 @@ def read_bytes(path, context=128, tests=1, ending=""):
 
 
 def read_folder(root, ending):
-    """(train, held_out), each uint8 (bytes,), of the files below a folder whose names have this ending.
+    """(train, held_out), each uint8 (bytes,), of the files below a folder with this ending.
     A hash of a file's path in the folder decides what is held out, on any machine alike."""
     train, held_out = [], []
     for here, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - LEFT_OUT)  # in place: the walk goes on in this order
+        folders[:] = sorted(set(folders) - LEFT_OUT)  # in place, for os.walk
         for path in (Path(here, name) for name in sorted(files) if name.endswith(ending)):
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
             part = held_out if digest[0] < 13 else train  # 13 of 256
@@ -177,35 +177,35 @@ class Images:
         self.epoch_size, self.tests = len(train), len(test)
 
     def to(self, device):
-        """Itself, with the images in an accelerator's memory if they fill at most half of what is free."""
+        """Itself, on a GPU if the images fill at most half of what is free there."""
         size = self.train.nbytes + self.test.nbytes
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
             self.train, self.test = (torch.from_numpy(x).to(device) for x in (self.train, self.test))
         return self
 
     def batch(self, seed, step, size, which=slice(None), device="cpu"):
-        """The rows `which` of a step's batch of `size` random crops: float32 (rows, 3, self.size,
-        self.size), and labels, int64 (rows,). An epoch has all images in an order of its own."""
+        """Rows `which` of random crops, float32 (rows, 3, self.size, self.size), and labels, int64 (rows,).
+        An epoch has all images in an order of its own."""
         places = [divmod(i, self.epoch_size) for i in range((step - 1) * size, step * size)]
         chosen = np.array([shuffled(seed, epoch, self.epoch_size)[place] for epoch, place in places])
         images = self._random_crops(np.random.default_rng([seed, step]), chosen, which, device)
         return images, torch.from_numpy(self.labels[chosen[which]]).to(device)
 
     def validation(self, which=slice(None), device="cpu"):
-        """The rows `which` of the test images, cropped centrally, and their labels, like a batch."""
+        """Rows of the test images, cropped centrally, and their labels."""
         chosen = np.arange(self.tests)[which]
         boxes = np.tile([0, 0, 1, 1], (len(chosen), 1)) * self.size / self.test.shape[-1]
         labels = torch.from_numpy(self.test_labels[chosen]).to(device)
         return self._cut(self.test, chosen, boxes, device), labels
 
     def calibration(self, seed, number, which=slice(None), device="cpu"):
-        """The rows `which` of `number` training images, like a batch, to estimate batch norms."""
+        """Rows of `number` training images, to estimate batch norms."""
         rng = np.random.default_rng([seed, 0])  # no step of training has the number 0
         chosen = rng.choice(self.epoch_size, number, replace=number > self.epoch_size)
         return self._random_crops(rng, chosen, which, device)
 
     def fingerprint(self):
-        """A checksum of all labels and of 50 images a part: to read all of ImageNet would take long."""
+        """A checksum of all labels and of 50 images: all of ImageNet would take long."""
         checksum = zlib.crc32(self.test_labels, zlib.crc32(self.labels))
         for images in (self.train, self.test):
             for place in np.linspace(0, len(images) - 1, 50).astype(int):
@@ -213,14 +213,14 @@ class Images:
         return checksum
 
     def _random_crops(self, rng, chosen, which, device):
-        """The rows `which` of the chosen images, cropped as in training, about half of them mirrored."""
+        """Rows of the chosen images, cropped at random, about half of them mirrored."""
         boxes = self.crop(rng, len(chosen), self.train.shape[-1])
         boxes[:, 2] *= rng.choice([-1, 1], len(chosen))
         return self._cut(self.train, chosen[which], boxes[which], device)
 
     def _cut(self, images, chosen, boxes, device):
-        """Boxes (rows, 4) of the chosen images: centre x, y and scales x, y, where an image reaches from
-        -1 to 1. A negative scale mirrors. What lies outside of the image gets the mean colour."""
+        """Boxes (rows, 4) of the chosen images: centre x, y and scales x, y; an image is from -1 to 1.
+        A negative scale mirrors. What lies outside gets the mean colour."""
         x = torch.as_tensor(images)[torch.from_numpy(chosen)].to(device)
         x = (x.float() - self.mean.to(device)) / self.std.to(device)
         centre, scale = torch.from_numpy(boxes).to(x).split(2, dim=1)
@@ -236,7 +236,7 @@ def shuffled(seed, epoch, epoch_size):
 
 
 def shifted(rng, number, side):
-    """Boxes (number, 4) for small images: moved by up to an eighth, 4 of 32 pixels, each way."""
+    """Boxes (number, 4) for small images: moved by up to an eighth, 4 of 32 pixels."""
     pixels = rng.integers(-(side // 8), side // 8 + 1, (number, 2))
     return np.column_stack([pixels * 2 / side, np.ones((number, 2))])
 
@@ -250,7 +250,7 @@ def resized(rng, number, side):
 
 
 def read_images(name, data_dir):
-    """Images of the arrays that scripts/prepare.py has written, memory-mapped. Raises UserError."""
+    """Images as scripts/prepare.py has written them, memory-mapped. Raises UserError."""
     if name == "imagenet":
         folder, options = Path(data_dir), f"--src DIR --out {data_dir}"
         mean, std, crop = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4), resized
@@ -273,7 +273,7 @@ def read_images(name, data_dir):
 
 
 def check_images(images, labels, side, classes):
-    """Raises ValueError unless images are uint8 (n, 3, side, side), labels int64 (n,) below `classes`."""
+    """Raises ValueError unless uint8 (n, 3, side, side), and int64 (n,) below `classes`."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape != (*labels.shape, 3, side, side):
         raise ValueError(f"images of {images.dtype} {images.shape} for {labels.shape} labels, {side} pixels")
     if labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:

@@ -25,7 +25,7 @@ class UserError(Exception):
 class Unit(NamedTuple):
     """What a mask switches as one. All units of a layer have the same shape and cost."""
 
-    layer: str  # the module that is cut into units, such as "blocks.3" or "blocks.3.mlp"
+    layer: str  # what is cut into units, as "blocks.3" or "blocks.3.mlp"
     kind: str  # units of one kind are dealt out evenly among the workers
     cost: int  # parameters
     flops: int = 0  # of a forward pass over one row of a batch
@@ -54,8 +54,8 @@ def schedule(step, mode, steps, resample=0, finish=0.0):
 
 
 def roles(mode, mask):
-    """The one table behind all modes: (trains, reads), each bool [workers, units]. A worker reads
-    what its forward pass needs, and trains what it computes gradients for."""
+    """The table behind all modes: (trains, reads), each bool [workers, units]. A worker reads what its
+    forward pass needs, and trains what it computes gradients for."""
     everything = np.ones_like(mask)
     return {
         "none": (everything, everything),  # plain data parallelism

@@ -1,15 +1,15 @@
 """The engine: owners, pull, push, step. course/naive.py computes the same, and saves nothing.
 
-Each value has one *owner*, a process, whatever the masks: an equal slice of every layer. A step is
+Each value has one *owner*, a process, whatever the masks. A step is
 
     pull    owners send each value to the workers that read it
     forward / backward on each worker's own rows of the batch
-    push    workers send each gradient to its owner, who adds it up over the workers that train it
-    step    owners divide by the number of those workers, clip, and update what they own
+    push    workers send each gradient to its owner, who adds up
+    step    owners divide by the number of workers that train it, clip, and update
 
-Pull and push are an all_to_all a layer. Its sizes can be 0, so any mask does with one group of processes. An
-*exchange* is a generator: its first next() starts an all_to_all, and running it to its end waits for that. No
-activation moves. A whole program, on one process:
+No activation moves. Pull and push are an all_to_all a layer. Its sizes can be 0: so any mask does with
+one group of processes. An *exchange* is a generator: its first next() starts an all_to_all, and running
+it to its end waits for that. A whole program, on one process:
 
     from functools import partial
     import torch, torch.distributed as dist
@@ -28,17 +28,18 @@ activation moves. A whole program, on one process:
             model(*example(config, rows=4)).backward()
     (norm,) = engine.step(lr=1e-3)
 
-A *bucket* is the parameters of a block, the embedding or the head, end to end. A *chunk* is a unit's share of
-a parameter, or a parameter without units; a *run* is chunks side by side. A *slice* is what a process owns of
-a bucket, a *piece* of a parameter. A *part* is what a worker has of a bucket; a *route* leads to it.
-Below, a norm has 3 values, and a matrix 4 for each of 2 units. Worker r holds unit r, and reads no more:
+A *bucket* is a block's parameters end to end, or those of the embedding or the head. A *chunk* is a
+unit's share of a parameter, or a parameter without units; a *run* is chunks side by side. A *slice* is
+what a process owns of a bucket, a *piece* of a parameter. A *part* is what a worker has of a bucket; a
+*route* leads to it. Below, a norm has 3 values, and a matrix 4 for each of 2 units. Worker r holds unit
+r, and reads no more:
 
     value           0  1  2  3  4  5  6  7  8  9 10    chunk_edges    0 3 7 11
     unit           -1 -1 -1  0  0  0  0  1  1  1  1    unit_of_chunk  -1 0 1    (-1: all workers have it)
     owner           0  0  0  0  0  0  1  1  1  1  1    slice_edges    0 6 11
     worker 0 has    x  x  x  x  x  x  x                my_edges       0 3 6 6   of process 0
     worker 1 has    x  x  x              x  x  x  x                   0 0 1 5   of process 1
-    process 0: from_owners 6 1, to_workers 6 3, runs (0, 6) (0, 3): what workers 0 and 1 have of its slice
+    process 0: from_owners 6 1, to_workers 6 3, runs (0, 6) (0, 3)
     process 1: from_owners 3 4, to_workers 1 4, runs (0, 1) (1, 5)
 """
 
@@ -59,17 +60,17 @@ from support.peers import add_up, exchange
 
 
 class Bucket:
-    """One layer of the whole model, flattened, and the slice of it that this process owns."""
+    """A layer of the whole model, flattened, and the slice that this process owns."""
 
     def __init__(self, parameters, units_of_layer, initial_value, dtype, device, layout):
         """parameters: {name: tensor on the meta device}; units_of_layer: {layer: its columns of a mask};
-        initial_value(name) is asked for what reaches into the slice; dtype: of what workers have."""
+        initial_value(name): a parameter's values; dtype: of what workers have."""
         unit_of_chunk, sizes = chunks_of(parameters, units_of_layer)
         self.dtype, self.unit_of_chunk = dtype, np.array(unit_of_chunk)
         self.chunk_edges = np.cumsum([0, *sizes])
         self.slice_edges = layout.slice_edges(sum(sizes))
         start, stop = self.slice_edges[layout.my_slice : layout.my_slice + 2].tolist()
-        self.my_edges = self.chunk_edges.clip(start, stop) - start  # of the chunks, in the owned slice
+        self.my_edges = self.chunk_edges.clip(start, stop) - start  # of chunks, in the slice
         wide = torch.promote_types(dtype, torch.float32)
         self.mean = torch.zeros(stop - start, dtype=wide, device=device)  # of gradients; first their sum
         self.master = torch.empty_like(self.mean)
@@ -82,26 +83,25 @@ class Bucket:
             self.pieces[name] = where, piece
 
     def has(self, mask):
-        """bool [workers, chunks]: who has which chunk under a mask, bool [workers, units]."""
+        """Who has which chunk, bool [workers, chunks]; mask: bool [workers, units]."""
         return np.pad(mask, [(0, 0), (0, 1)], constant_values=True)[:, self.unit_of_chunk]  # last: unit -1
 
     def count_trainers(self, trains, weights):
-        """What to divide sums by: the weights, [workers], of who trains; trains: bool [workers, units]."""
+        """What to divide sums by: the weights of the workers that train."""
         self.trainers = runs_of_equal(np.array(weights) @ self.has(trains), self.my_edges)
 
 
 class Route:
-    """The way of some chunks of a bucket from their owners to the workers that want them. What a worker gets
-    from the first owner, then from the second, and so on, is in the bucket's order: nothing is sorted."""
+    """The way of some chunks from their owners to the workers that want them. What comes from the first
+    owner, then from the second, and so on, is in the bucket's order: nothing is sorted."""
 
     def __init__(self, wants, chunk_edges, slice_edges, my_edges, traffic, group=None):
         """wants[r]: the chunks that the worker of process r needs; traffic: a Counter of bytes sent."""
         me, slices = dist.get_rank(group), pairwise(slice_edges.tolist())
         self.from_owners = [int(wants[me] @ np.diff(chunk_edges.clip(a, b))) for a, b in slices]
         self.to_workers = (wants @ np.diff(my_edges)).tolist()
-        self.runs = runs(wants, my_edges)  # of what this process sends, one worker after another
+        self.runs = runs(wants, my_edges)  # of what is sent, worker by worker
         self.exchange = partial(exchange, traffic=traffic, group=group)
-        self.pull_counters, self.push_counters = ["pull"], ["push"]  # names under which bytes are counted
         self.is_used = wants.any()  # the same everywhere: all processes skip an empty route
 
     def pull(self, owned, values):
@@ -109,18 +109,18 @@ class Route:
         owned = owned.to(values.dtype)  # once: torch.cat would convert run by run
         pieces = [owned[a:b] for a, b in self.runs]
         send = torch.cat(pieces) if pieces else owned[:0]
-        yield from self.exchange(self.pull_counters, values, send, self.from_owners, self.to_workers)
+        yield from self.exchange("pull", values, send, self.from_owners, self.to_workers)
 
     def push(self, gradients, total):
-        """Add flat gradients to the owners' `total`, in its precision, in rank order: so always alike."""
+        """Add flat gradients to the owners' `total`, in rank order: so always alike."""
         received = gradients.new_empty(sum(self.to_workers))
-        yield from self.exchange(self.push_counters, received, gradients, self.to_workers, self.from_owners)
+        yield from self.exchange("push", received, gradients, self.to_workers, self.from_owners)
         for (a, b), gradient in zip(self.runs, received.split([b - a for a, b in self.runs])):
             total[a:b].add_(gradient)
 
 
 class Routes:
-    """Two routes of a bucket: of values that workers train, first in their memory, and of frozen ones."""
+    """Of a bucket: one of trained values, which workers have first, one of frozen ones."""
 
     def __init__(self, bucket, trained, frozen, traffic):
         edges = bucket.chunk_edges, bucket.slice_edges, bucket.my_edges
@@ -128,7 +128,7 @@ class Routes:
         self.push_buffer = sum(self.both[0].to_workers)  # elements
 
     def pull(self, owned, values):
-        parts = values.split([sum(route.from_owners) for route in self.both])  # the trained ones come first
+        parts = values.split([sum(route.from_owners) for route in self.both])
         pulls = [route.pull(owned, part) for route, part in zip(self.both, parts) if route.is_used]
         yield from zip_longest(*pulls)  # starts both, then waits for both
 
@@ -138,13 +138,13 @@ class Routes:
 
 
 class Layout:
-    """Who owns what, and the routes there: process r owns slice r, and one all_to_all reaches everybody."""
+    """Who owns what: process r slice r. And how it gets there: by one all_to_all."""
 
     def __init__(self):
         self.my_slice = dist.get_rank()
 
     def slice_edges(self, size):
-        """int64 [slices + 1] of a bucket with so many values: equal slices; the last may be shorter."""
+        """int64 [slices + 1], for `size` values: equal slices; the last may be shorter."""
         processes = dist.get_world_size()
         return (np.arange(processes + 1) * math.ceil(size / processes)).clip(max=size)
 
@@ -152,23 +152,23 @@ class Layout:
         return Routes(bucket, trained, frozen, traffic)
 
     def exchanges_at_once(self, has):
-        """How many are under way at most; has: bool [workers, units]. A worker has one of every N / p layers,
-        so it is never further ahead of others. With fewer exchanges under way it would wait for them."""
+        """N / p, for bool [workers, units]. A worker has one of every N / p layers, and is never further
+        ahead of others. With fewer exchanges under way it would wait for them."""
         return math.ceil(has.size / max(1, has.sum()))
 
     def finish_oldest(self, under_way):
-        """Wait for the first of the exchanges under way, a deque, and remove it."""
+        """Wait for the first of a deque of exchanges, and remove it."""
         for _ in under_way.popleft():
             pass
 
 
 class Part:
-    """What a worker has of a bucket: parameters, views of the flat `values`, the trained ones first."""
+    """What a worker has of a bucket: views of the flat `values`, trained ones first."""
 
     def __init__(self, bucket, routes, model, parameters):
         """parameters: {name: parameter of `model`}, on the meta device until now."""
         self.bucket, self.routes = bucket, routes
-        self.is_here, self.missing = False, 0  # was it pulled, and how many gradients are still to come?
+        self.is_here, self.missing = False, 0  # missing: gradients that are to come
         in_order = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
         sizes, self.trained = [like.numel() for _, like in in_order], []
         self.values = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.master.device)
@@ -183,7 +183,7 @@ class Part:
     def resize(self, nbytes):
         """Allocate the parameters, or with 0 free them. The tensor objects stay."""
         storage = self.values.untyped_storage()
-        if storage.nbytes() != nbytes:  # resize_ copies everything, even if the size is the same
+        if storage.nbytes() != nbytes:  # resize_ copies even to the same size
             storage.resize_(nbytes)
 
     def pull(self):
@@ -191,7 +191,7 @@ class Part:
         self.is_here = True
 
     def push(self):
-        """Send the gradients, and free them. The memory of the weights, which are used up, is the buffer."""
+        """Send the gradients, and free them. The memory of the weights is the buffer."""
         gradients = self.values.data[: sum(p.numel() for p in self.trained)]  # .data: unseen by autograd
         if self.trained:
             each = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained)
@@ -202,11 +202,11 @@ class Part:
 
 
 class Worker:
-    """The module of one worker, and the order of its exchanges: pulls first to last, each finished just
-    before its layer runs; pushes last to first. All workers take part in each, whatever they have of it."""
+    """A worker's module, and the order of its exchanges: pulls first to last, each finished just before
+    its layer runs; pushes last to first. All workers take part in each."""
 
     def __init__(self, model, buckets, trains, reads, layout, traffic):
-        """model: on the meta device. trains, reads: bool [processes, units], of the workers that play now."""
+        """model: on the meta device. trains, reads: bool [processes, units], in this turn."""
         self.model, self.layout, self.parts = model, layout, []
         self.pulls_at_once, self.pushes_at_once = map(layout.exchanges_at_once, (reads, trains))
         self.unpulled, self.unpushed = deque(), []  # parts, first to last
@@ -216,7 +216,7 @@ class Worker:
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
             part = Part(bucket, layout.routes(bucket, trained, frozen, traffic), model, parameters[name])
             self.parts.append(part)
-            # weak: a hook that autograd holds would keep the worker and its weights alive for ever
+            # weak: a hook that autograd holds would keep the weights alive for ever
             me, weak_part = weakref.proxy(self), weakref.proxy(part)
             if name in modules:
                 modules[name].register_forward_pre_hook(partial(Worker.wait_for, me, weak_part))
@@ -237,7 +237,7 @@ class Worker:
     def _start_pulls(self):
         while self.unpulled and len(self.pulling) < self.pulls_at_once:
             self.pulling.append(self.unpulled.popleft().pull())
-            next(self.pulling[-1], None)  # starts it; None: nobody reads this part now, it has ended
+            next(self.pulling[-1], None)  # starts it; None: nobody reads this part
 
     def wait_for(self, part, *_):
         """Wait until a part is there, while the next ones are on their way."""
@@ -259,7 +259,7 @@ class Worker:
         next(self.pushing[-1], None)
 
     def end(self, free):
-        """Push what has not left yet, wait for the last of it, and free the parameters if asked to."""
+        """Push what has not left yet, wait for it, and free the parameters if asked to."""
         self.wait_for(self.parts[-1])  # where no pass was made
         while self.unpushed:
             self._start_push()
@@ -270,8 +270,8 @@ class Worker:
 
 
 class SDP:
-    """Trains one model with len(mask) workers, K on each process, which take turns: r K to r K + K - 1.
-    build(units): as model.build. initial_value(whole model, name): a parameter's values, float, on the CPU.
+    """One model, trained by len(mask) workers. K of them take turns on a process: r K to r K + K - 1 on r.
+    build(units): as model.build. initial_value(whole model, name): float values on the CPU.
     optimizer(groups): an elementwise torch.optim.Optimizer. units, mask, mode: see masks.py. dtype: of
     weights, gradients and traffic; owners keep at least float32. weights: the factor
     of each worker's loss; their mean is 1."""
@@ -283,7 +283,7 @@ class SDP:
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.build, self.units, self.dtype, self.device = build, units, dtype, torch.device(device)
         self.layout, self.weights = layout or Layout(), weights or [1.0] * len(mask)
-        self.traffic = Counter()  # bytes that this process has sent: {"pull": ..., "push": ...}
+        self.traffic = Counter()  # bytes sent: {"pull": ..., "push": ...}
         with torch.device("meta"):
             whole = build({})
         self.buckets, first = {}, partial(initial_value, whole)
@@ -296,7 +296,7 @@ class SDP:
         self.change(mask, mode)
 
     def change(self, mask, mode):
-        """From now on, train under this mask and mode. Nothing moves: the next pull serves new holders."""
+        """Train under this mask and mode. Nothing moves: the next pull serves new holders."""
         self.trains, self.reads = roles(mode, mask)
         for bucket in self.buckets.values():
             bucket.count_trainers(self.trains, self.weights)
@@ -304,9 +304,10 @@ class SDP:
         turns = len(mask) // self.processes
         for turn in range(turns):
             number = self.rank * turns + turn
-            together = self.trains[turn::turns], self.reads[turn::turns]  # of those that play in this turn
-            module = self.make_module(number)
-            self.workers[number] = Worker(module, self.buckets, *together, self.layout, self.traffic)
+            trains, reads = self.trains[turn::turns], self.reads[turn::turns]  # in this turn
+            model = self.make_module(number)
+            worker = Worker(model, self.buckets, trains, reads, self.layout, self.traffic)
+            self.workers[number] = worker
 
     def make_module(self, worker):
         """A worker's module, on the meta device."""
@@ -315,8 +316,8 @@ class SDP:
 
     @contextmanager
     def turn(self, worker, passes=1):
-        """`with engine.turn(worker) as model:` gives its module, with fresh values, for so many passes. The
-        last one sends the gradients, which add up. All processes take their turns in order."""
+        """`with engine.turn(worker) as model:` gives its module, with fresh values. The last of so many
+        passes sends the gradients, which add up. All processes take their turns in order."""
         self.workers[worker].begin(passes)
         try:
             yield self.workers[worker].model
@@ -327,26 +328,26 @@ class SDP:
         self.played.add(worker)
 
     def discard(self):
-        """Forget what this process gathered since the last step. All workers of all have to play again."""
+        """Forget what this process has gathered. All workers, also of others, play again."""
         self.played = set()
         for bucket in self.buckets.values():
             bucket.mean.zero_()
 
     def average(self):
-        """Turn the owners' sums into means over the workers that train each parameter."""
+        """Turn the owners' sums into means over the workers that train."""
         for bucket in self.buckets.values():
             for begin, end, trainers in bucket.trainers:
                 bucket.mean[begin:end] /= trainers
 
     def step(self, lr, clip=0.0, *numbers):
-        """Average, clip to the norm `clip` (0: do not), and update; but not where the norm or a number, such
-        as the loss, is infinite or NaN. Returns floats: the norm of the whole model's averaged gradient, and
-        each number's sum over the processes. Raises RuntimeError where a turn is missing."""
+        """Average, clip to the norm `clip` (0: do not), and update; but not where the norm or one of the
+        numbers, such as the loss, is not finite. Returns floats: the norm of the averaged gradient, and each
+        number's sum over the processes. Raises RuntimeError where a turn is missing."""
         if self.played != set(self.workers):
-            raise RuntimeError("step: some workers have not finished their turns; all have to play again")
+            raise RuntimeError("step: workers have not finished their turns; all play again")
         self.average()
         squares = torch.stack([bucket.mean.dot(bucket.mean) for bucket in self.buckets.values()])
-        squares, *sums = add_up([squares.double().sum(), *numbers])  # here a CPU first waits for its GPU
+        squares, *sums = add_up([squares.double().sum(), *numbers])  # the CPU waits here first
         norm = squares**0.5
         if np.isfinite([norm, *sums]).all():
             for bucket in self.buckets.values() if clip else ():

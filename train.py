@@ -1,8 +1,8 @@
 """Train a model with Subnetwork Data Parallelism, and show what each worker saved.
 
-    torchrun --standalone --nproc-per-node 4 train.py --mask backward     # 4 workers; on a CPU too, over gloo
+    torchrun --standalone --nproc-per-node 4 train.py --mask backward     # 4 workers
     torchrun --standalone --nproc-per-node 2 train.py --mask forward --units neuron --workers 8
-    python train.py --mask forward                                        # one process plays four workers
+    python train.py --mask forward    # one process plays four workers
 
 Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. Start at `main`, at the end.
 """
@@ -43,37 +43,37 @@ OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --r
 
 FLAGS = (  # name, type or choices, default, meaning
     ("--mask", masks.MODES, "backward", "backward: gradients only of held units; forward: only they exist"),
-    ("--units", ("block", "neuron"), "block", "residual blocks; or heads, groups of neurons and of channels"),
+    ("--units", ("block", "neuron"), "block", "blocks; or heads, groups of neurons and channels"),
     ("--coverage", float, 0.5, "share C of the N workers that hold a unit"),
-    ("--workers", at_least(1), None, "N, a multiple of the processes (default: as many; 4 of one process)"),
+    ("--workers", at_least(1), None, "N, a multiple of the processes (default: as many; of one: 4)"),
     ("--resample", at_least(0), 0, "steps between new masks, 0 = never"),
-    ("--finish", at_least(0, float), 0.0, "last fraction of a forward-masked run with backward masking"),
-    ("--keep", str, "none", "blocks that all hold: none, ends, strided (of a ResNet), or numbers as 0,5"),
-    ("--assign", ("worker", "machine"), "worker", "machine: all workers of a machine hold the same units"),
+    ("--finish", at_least(0, float), 0.0, "last part of a forward-masked run that is backward-masked"),
+    ("--keep", str, "none", "blocks that all hold: none, ends, strided (ResNet), or 0,5"),
+    ("--assign", ("worker", "machine"), "worker", "machine: its workers hold the same units"),
     ("--machines", at_least(1), None, "for --assign machine: how many (default: torchrun's)"),
     ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of all units"),
     ("--rows", whole_numbers, None, "each worker's share of a batch, as 2,1,1,1 (default: equal)"),
-    ("--model", tuple(CONFIGS), "gpt", "vit, resnet18: with defaults of their own, see DEFAULTS in train.py"),
-    ("--size", str, None, "preset of the shape, as 10m, 134m, 1b of a gpt (default: the first that fits)"),
-    ("--layers", at_least(1), None, "transformer blocks (default: as --size)"),
-    ("--width", at_least(1), None, "residual stream; of a ResNet the first stage (default: as --size; 64)"),
-    ("--heads", at_least(1), None, "attention heads of a block (default: as --size)"),
-    ("--hidden", at_least(1), None, "hidden neurons of a block (default: as --size)"),
-    ("--patch", at_least(1), None, "pixels of a patch's side in a vit (default: as --size)"),
+    ("--model", tuple(CONFIGS), "gpt", "vit, resnet18 have other defaults: DEFAULTS in train.py"),
+    ("--size", str, None, "preset of the shape, as 10m, 134m, 1b (default: the first that fits)"),
+    ("--layers", at_least(1), None, "transformer blocks"),
+    ("--width", at_least(1), None, "residual stream; of a ResNet the first stage"),
+    ("--heads", at_least(1), None, "attention heads of a block"),
+    ("--hidden", at_least(1), None, "hidden neurons of a block"),
+    ("--patch", at_least(1), None, "pixels of a patch's side in a vit"),
     ("--norm", ("batch", "group"), None, "of a ResNet (default: batch)"),
     ("--context", at_least(1), None, "tokens of a sequence (default: 128; of fineweb 1024)"),
-    ("--drop-path", at_least(0, float), 0.0, "stochastic depth: chance of a row to skip a branch"),
+    ("--drop-path", at_least(0, float), 0.0, "chance of a row to skip a branch: stochastic depth"),
     ("--dropout", at_least(0, float), 0.0, "chance of a number to be 0, in the places of nanoGPT"),
     ("--checkpoint-activations", bool, False, "keep only each block's input, and compute the rest again"),
     ("--data", KINDS, "python", "Python's own library, in bytes; any text; or what scripts.prepare made"),
-    ("--data-dir", str, None, "folder (default: datasets, or a folder in it); of text also a single file"),
+    ("--data-dir", str, None, "folder (default: in datasets); of text also a file"),
     ("--steps", at_least(0), None, "updates (default: 300); 0: only predict memory and traffic"),
     ("--epochs", at_least(0.001, float), None, "passes over the data, in place of --steps"),
     ("--batch-size", at_least(1), 16, "sequences or images of a step, over all workers"),
     ("--micro-batches", at_least(1), 1, "parts of a worker's rows; only the last one communicates"),
     ("--optimizer", ("adamw", "sgd"), "adamw", "sgd: with a Nesterov momentum of 0.9"),
     ("--lr", at_least(0, float), 3e-3, "peak learning rate"),
-    ("--warmup", at_least(0), 20, "steps of linear warm-up, before a cosine down to a tenth of --lr"),
+    ("--warmup", at_least(0), 20, "steps of linear warm-up; then a cosine to a tenth of --lr"),
     ("--weight-decay", at_least(0, float), 0.1, "of matrices; norms and biases have none"),
     ("--grad-clip", at_least(0, float), 1.0, "largest norm of the averaged gradient, 0 = no clipping"),
     ("--eval-every", at_least(0), 100, "steps between validations, 0 = only after the last"),
@@ -82,10 +82,10 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--device", ("auto", "cpu", "cuda"), "auto", "auto: cuda where there is one, else cpu"),
     ("--compile", bool, False, "torch.compile each block"),
     ("--seed", at_least(0), 0, "of initial values, batches and masks"),
-    ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints; without it none is written"),
+    ("--out", str, None, "folder for log.jsonl, summary.json and checkpoints"),
     ("--wandb", str, None, "project of Weights & Biases that gets what log.jsonl has"),
     ("--overwrite", bool, False, "replace the run that is in --out"),
-    ("--resume", None, None, "continue from this file; without a name from --out, if it has a checkpoint"),
+    ("--resume", None, None, "continue from this file, or from what is in --out"),
     ("--save-every", at_least(0), 500, "steps between checkpoints, 0 = only after the last"),
     ("--timeout", at_least(1), 600, "seconds that processes wait for one that does not answer"),
 )  # fmt: skip
@@ -97,7 +97,7 @@ DEFAULTS = {  # where a model has others
 TITLES = {  # of the groups that begin with these flags
     "--mask": "method",
     "--assign": "clusters",
-    "--model": "model",
+    "--model": "model (its shape by default: as --size)",
     "--data": "data",
     "--steps": "optimisation",
     "--dtype": "run",
@@ -106,8 +106,8 @@ make_parser = partial(launch.make_parser, "Train a model with Subnetwork Data Pa
 
 
 def parse(argv, parser):
-    """(args, the checkpoint to go on from or None), with the defaults that suit --model, or those that the
-    checkpoint was trained with. Bad flags end the program."""
+    """(args, the checkpoint to go on from or None), with the defaults of --model or of the checkpoint. Bad
+    flags end the program."""
     args = parser.parse_args(argv)
     try:
         saved = checkpoint.read_to_resume(args.resume, args.out)
@@ -120,7 +120,7 @@ def parse(argv, parser):
 
 
 def check_flags(args, saved):
-    """Complete --workers, --machines, --rows. Raises UserError where flags or the checkpoint contradict."""
+    """Complete --workers, --machines, --rows. Raises UserError where flags contradict."""
     for flag in OF_CHECKPOINT if saved else ():
         value, before = getattr(args, flag), saved["flags"][flag]
         if value != before:
@@ -157,7 +157,7 @@ def check_flags(args, saved):
 
 
 def make_config(args, data, saved):
-    """The config of --model for the data: what the checkpoint has; or the preset of --size, then the flags
+    """The config of the model: what the checkpoint has; or the preset of --size, then the flags
     that were given. Raises UserError where the model does not fit the flags or the data."""
     known = {field.name for field in fields(CONFIGS[args.model])}
     given = {flag: getattr(args, flag) for flag in SHAPE if getattr(args, flag) is not None}
@@ -236,14 +236,15 @@ def make_engine(plan, mask, mode, device, engine_class, machines=1):
     def build_units(units):
         model = build(plan.whole.config, units)
         if args.compile:
-            torch._dynamo.config.cache_size_limit = 256  # graphs of one function: blocks hold different units
+            torch._dynamo.config.cache_size_limit = 256  # as blocks hold different units
             for block in model.blocks.values():
                 block.forward = launch.compiled(block.forward)  # not the module, whose hooks move values
         return model
 
     first, optimizer = partial(initial_value, seed=args.seed), partial(make_optimizer, args)
-    more = mask, mode, getattr(torch, args.dtype), device, layout, weights
-    engine = engine_class(build_units, first, optimizer, plan.units, *more)
+    options = {"dtype": getattr(torch, args.dtype), "device": device}
+    options |= {"layout": layout, "weights": weights}
+    engine = engine_class(build_units, first, optimizer, plan.units, mask, mode, **options)
     if plan.saved:
         values = plan.saved.pop("model"), plan.saved.pop("optimizer")  # and let go of the file
         checkpoint.load_state(engine, *values)
@@ -258,7 +259,7 @@ def make_optimizer(args, groups):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine from --lr to a tenth of it at the last step; steps count from 1."""
+    """Linear warm-up, then a cosine from --lr to a tenth of it. Steps count from 1."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
@@ -266,7 +267,7 @@ def learning_rate(step, args):
 
 
 def play(batches, args, step, worker, model, weight):
-    """A worker's passes in a step; batches: {worker: (x, y)}. Returns its mean loss times weight, float64."""
+    """A worker's passes in a step, with its rows of batches. Returns its mean loss times weight, float64."""
     torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # for dropout and DropPath
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
@@ -288,12 +289,12 @@ def update(engine, batches, args, step, lr, *numbers):
 
 
 def train(plan, engine, journal, caught, before_step=None):
-    """The loop, from plan.progress on. A signal that any process has caught stops all of them."""
+    """The loop, from plan.progress on. A signal to any process stops all."""
     args, data, first_step = plan.args, plan.data, plan.progress["step"] + 1
     with ThreadPoolExecutor(1) as loader, journal.bar:
         coming = loader.submit(load_batches, data, engine, args, first_step)
         for step in journal.bar:
-            batches = coming.result()  # the loader reads engine.workers, which may change now
+            batches = coming.result()  # loading reads engine.workers, which may change now
             if step > first_step and plan.setting(step) != plan.setting(step - 1):
                 mask_number, mode = plan.setting(step)
                 with journal.change(mode):
@@ -322,7 +323,7 @@ def is_due(step, every):
 
 
 def validate(plan, engine, step, ending=""):
-    """Validate the whole model. Returns {"val_loss": nats per item, or None, "val_accuracy": share}."""
+    """Returns {"val_loss": nats per item, or None, "val_accuracy": share} of the whole model."""
     with whole_model(engine, plan.data, plan.args.seed) as model:
         loss, accuracy = evaluate(model, plan.data, plan.args.batch_size, engine.device)
     if engine.rank == 0:
@@ -333,7 +334,7 @@ def validate(plan, engine, step, ending=""):
 
 
 def save(plan, engine):
-    """Write a checkpoint, if there is an --out. All processes take part; raises UserError on all."""
+    """Write a checkpoint, if there is an --out. All take part; raises UserError on all."""
     args, config, buffers = plan.args, plan.whole.config, {}
     if not args.out:
         return
@@ -390,9 +391,8 @@ def run(plan, mask, mode, device, store, engine_class, before_step):
 
 
 def main(argv=None, *, assign=masks.assign, engine=SDP, before_step=None):
-    """The command. argv: its flags, by default those of the program. For what no flag covers:
-    assign, a function as masks.assign; engine, a class as sdp.SDP; before_step(step, engine, {worker: (x,
-    y)}), called before each step, which returns a dictionary for the step's line in log.jsonl."""
+    """The command. argv: its flags. assign: as masks.assign; engine: a class as sdp.SDP; before_step(step,
+    engine, {worker: (x, y)}) returns a dictionary for the step's line in log.jsonl, or None."""
     parser = make_parser()
     args, saved = parse(argv, parser)
     try:

@@ -5,6 +5,7 @@ place of all machines, and `inside`, among those of a machine. A value crosses o
 reader, and gradients are summed inside before they cross."""
 
 import math
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -25,8 +26,7 @@ def make_layout(machines=1, timeout=None, capacity=None):
 
 def count_as_crossing(route):
     """Count a route's bytes as those between machines, too."""
-    for counters in (route.pull_counters, route.push_counters):
-        counters.append("between_machines")
+    route.exchange = partial(route.exchange, also="between_machines")
 
 
 class OneLevel(Layout):

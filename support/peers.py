@@ -28,13 +28,14 @@ def add_up(numbers):
     return totals.tolist()
 
 
-def exchange(counters, received, send, received_sizes, send_sizes, traffic, group=None):
+def exchange(counter, received, send, received_sizes, send_sizes, traffic, group=None, also=None):
     """An all_to_all of flat tensors, as a generator: it starts, stops while it is under way, and waits.
-    sizes: elements from and to each process. counters: names under which traffic, a Counter, counts the bytes
-    that leave this process. Raises PeerLost."""
+    sizes: elements from and to each process. The bytes that leave this process are added to
+    traffic[counter], and to traffic[also]. Raises PeerLost."""
     kept = send_sizes[dist.get_rank(group)]
-    for counter in counters:
-        traffic[counter] += (len(send) - kept) * send.element_size()
+    traffic[counter] += (len(send) - kept) * send.element_size()
+    if also:
+        traffic[also] += (len(send) - kept) * send.element_size()
     # gloo was silently wrong with CUDA tensors (https://github.com/pytorch/pytorch/pull/170812)
     through_cpu = send.is_cuda and dist.get_backend(group) == "gloo"
     into = torch.empty_like(received, device="cpu") if through_cpu else received

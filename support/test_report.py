@@ -79,8 +79,8 @@ def test_a_forecast_allocates_nothing(alone, tmp_path):
     engines = []
 
     class Kept(SDP):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             engines.append(self)
 
     train.main([*TINY, "--steps", "0", "--out", str(tmp_path / "out")], engine=Kept)
