@@ -54,7 +54,7 @@ FLAGS = (  # name, type or choices, default, meaning
     ("--capacity", whole_numbers, None, "of each worker, as 3,1,1,1: its share of all units"),
     ("--rows", whole_numbers, None, "each worker's share of a batch, as 2,1,1,1 (default: equal)"),
     ("--model", tuple(CONFIGS), "gpt", "vit, resnet18 have other defaults: DEFAULTS in train.py"),
-    ("--size", str, None, "preset of the shape, as 10m, 134m, 1b (default: the first that fits)"),
+    ("--size", str, None, "preset of the shape below, as 10m, 134m, 1b (default: the first that fits)"),
     ("--layers", at_least(1), None, "transformer blocks"),
     ("--width", at_least(1), None, "residual stream; of a ResNet the first stage"),
     ("--heads", at_least(1), None, "attention heads of a block"),
@@ -97,7 +97,7 @@ DEFAULTS = {  # where a model has others
 TITLES = {  # of the groups that begin with these flags
     "--mask": "method",
     "--assign": "clusters",
-    "--model": "model (its shape by default: as --size)",
+    "--model": "model",
     "--data": "data",
     "--steps": "optimisation",
     "--dtype": "run",
