@@ -267,7 +267,7 @@ def row(experiment, name):
 
 
 def table(experiment):
-    """Markdown, for results/README.md. Losses are in nats per byte, errors are shares of the images."""
+    """Markdown, for results/log.md. Losses are in nats per byte, errors are shares of the images."""
     score = EXPERIMENTS[experiment].score
     tested_on = {"loss": "second text", "error": "test images"}[score]
     titles = "arm | flags | weights / activations / FLOPs of a worker | tuning runs"

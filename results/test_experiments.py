@@ -1,4 +1,4 @@
-"""The rules of the trials, on invented runs; one real run; and the tables of results/README.md."""
+"""The rules of the trials, on invented runs; one real run; and the tables of results/log.md."""
 
 import json
 import shutil
@@ -138,16 +138,16 @@ def test_a_real_run_and_an_average(trial, monkeypatch, alone):
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if (HERE / "results" / name).exists()])
 def test_results_are_those_of_the_files(name, monkeypatch):
-    """Each arm has as many tuning runs, and the table of an experiment stands in results/README.md."""
+    """Each arm has as many tuning runs, and the table of an experiment stands in results/log.md."""
     monkeypatch.chdir(HERE)
     monkeypatch.delattr(experiments, "train")  # nothing is missing
     tried = {sum(map(len, arm.rounds)) for arm in EXPERIMENTS[name].arms.values()}
     assert len(tried) == 1
-    assert experiments.table(name) in Path("results/README.md").read_text()
+    assert experiments.table(name) in Path("results/log.md").read_text()
 
 
 def test_levers_are_those_of_the_files():
-    text = (HERE / "results/README.md").read_text()
+    text = (HERE / "results/log.md").read_text()
     for path in sorted((HERE / "results/levers").glob("*.json")):
         run = json.loads(path.read_text())
         rows = [line for line in text.splitlines() if line.startswith(f"| {run['arm']} |")]
@@ -156,7 +156,7 @@ def test_levers_are_those_of_the_files():
 
 def test_even_masks_are_those_of_the_files():
     """Each row of the table has the mean and the spread of its kept runs."""
-    rows = [line.split(" | ") for line in (HERE / "results/README.md").read_text().splitlines()]
+    rows = [line.split(" | ") for line in (HERE / "results/log.md").read_text().splitlines()]
     for arm in ("backward-blocks", "forward-blocks", "forward-neurons", "dense-5"):
         runs = [json.loads(path.read_text()) for path in (HERE / "results/even").glob(f"{arm}-?.json")]
         losses = [run["curve"][-1]["val_loss"] for run in runs]

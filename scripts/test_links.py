@@ -136,7 +136,7 @@ def test_table(capsys):
 def test_the_table_of_the_defaults_stands_in_the_results(capsys):
     links.main([])
     lines = capsys.readouterr().out.splitlines()[: 2 + len(SCHEMES)]
-    assert "\n".join(lines) in (HERE / "results" / "README.md").read_text()
+    assert "\n".join(lines) in (HERE / "results" / "log.md").read_text()
 
 
 # ---- bad input
