@@ -20,13 +20,13 @@ from sdp import SDP
 from support.chunks import by_bucket
 from support.machines import make_layout, spread
 from support.processes import TINY, Ranks, read_log, read_summary
+from support.test_engine import buffers_of_a_step
 from test_sdp import (
     SCHEMES,
     SMALL,
     adamw,
     assert_close,
     batch,
-    buffers_of_a_step,
     dense_model,
     make_engine,
     make_mask,
