@@ -23,23 +23,22 @@ from masks import Unit, UserError
 
 GROUPS = 16  # of hidden neurons of an MLP: enough to balance, and few enough to move
 CHANNEL_GROUPS = 8  # of the channels between two convolutions
-WHOLE = (None, 0)  # counts of (trained, frozen) units: all of them, and none
+WHOLE = (None, 0)  # numbers of (trained, frozen) units: all are trained
 LOGITS_AT_ONCE = 2**24  # in training: 64 MB in float32
 NORM_EPS = 1e-5  # of an RMSNorm, as in LLaMA
 
 
 class Branch(nn.Module):
-    """A sum over `units` units: `trained` of them learn, `frozen` more only compute, others are absent.
-    Frozen units are a second copy of the layer: autograd computes no weight gradients for it, and
-    keeps no inputs for those. Subclasses `allocate` parameters, and `compute` the sum."""
+    """A sum over `units` units: `trained` of them learn, `frozen` others are a layer of their own, for which
+    autograd keeps no inputs, and the rest is absent. Subclasses `allocate`, and `compute` the sum."""
+
+    makes_up_for_absent = True  # by a scale, as in inverted dropout; the frozen layer's own is 1
 
     def __init__(self, config, units, trained=None, frozen=0):
         super().__init__()
         trained = units if trained is None else trained
         self.units = units
-        # Makes up for absent units, as in inverted dropout. It is applied once, to the sum of both
-        # copies: the frozen one counts as a layer of its own units alone, whose scale is 1.
-        self.scale = units / (trained + frozen)
+        self.scale = units / (trained + frozen) if self.makes_up_for_absent else 1  # of both layers' sum
         self.allocate(config, trained)
         self.frozen = type(self)(config, frozen).requires_grad_(False) if frozen else None
 
@@ -67,10 +66,10 @@ class DropPath(nn.Module):
 
 
 def build_or_none(counts, make, *arguments):
-    """A block, make(*arguments); None if its counts of (trained, frozen) units are both 0."""
+    """A block, make(*arguments), for its numbers of (trained, frozen) units; None if both are 0."""
     if counts == (0, 0):
         return None
-    block = make(*arguments)
+    block = make(*arguments)  # what is frozen inside stays so
     return block.requires_grad_(False) if counts[0] == 0 else block
 
 
@@ -84,7 +83,7 @@ def projected_cross_entropy(x, weight, targets):
     """cross_entropy(F.linear(x, weight), targets), by LOGITS_AT_ONCE logits at a time. Chunks of logits
     are not kept: the backward pass computes them again. x: (..., width)."""
     rows = max(1, LOGITS_AT_ONCE // len(weight))
-    if targets.numel() <= rows:
+    if targets.numel() <= rows:  # also a chunk, which gets here again through `checkpoint`
         return cross_entropy(F.linear(x, weight), targets)
     loss_sum = 0
     for chunk, y in zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows)):
@@ -143,7 +142,7 @@ class ViTConfig(TransformerConfig):
 
 
 class Attention(Branch):
-    """Multi-head attention; a unit is a head. With a rotation, see `rotary`, it is causal."""
+    """Multi-head attention; a unit is a head. It is causal if it gets a rotation, see `rotary`."""
 
     def allocate(self, config, heads):
         self.head_width, self.dropout = config.width // config.heads, config.dropout
@@ -159,7 +158,7 @@ class Attention(Branch):
             q, k = rotate(q, rotation), rotate(k, rotation)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-        return y.transpose(1, 2).flatten(2) @ self.o  # (B, T, width)
+        return y.transpose(1, 2).flatten(2) @ self.o  # (B, T, width); o has its units first, too
 
 
 class MLP(Branch):
@@ -175,7 +174,7 @@ class MLP(Branch):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with so many (trained, frozen) units."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Both take numbers of (trained, frozen) units."""
 
     def __init__(self, config, attention=WHOLE, mlp=WHOLE):
         super().__init__()
@@ -304,8 +303,9 @@ def make_norm(norm, channels, groups=CHANNEL_GROUPS):
 class Convolutions(Branch):
     """Two 3x3 convolutions; a unit is a group of the channels between them, with its norm."""
 
+    makes_up_for_absent = False  # a norm follows, which sets the scale anyway
+
     def allocate(self, shape, groups):
-        self.scale = 1  # a norm follows, which sets the scale anyway
         channels = groups * shape.outputs // CHANNEL_GROUPS
         self.stride = shape.stride
         self.conv1 = nn.Parameter(torch.empty(channels, shape.inputs, 3, 3))
@@ -313,8 +313,8 @@ class Convolutions(Branch):
         self.conv2 = nn.Parameter(torch.empty(channels, shape.outputs, 3, 3))  # transposed: units first
 
     def compute(self, x):
-        h = F.conv2d(x, self.conv1, stride=self.stride, padding=1)
-        h = F.relu(self.norm(h))  # (B, channels, H/stride, W/stride)
+        h = F.conv2d(x, self.conv1, stride=self.stride, padding=1)  # (B, channels, H/stride, W/stride)
+        h = F.relu(self.norm(h))
         return F.conv2d(h, self.conv2.transpose(0, 1), padding=1)  # (B, outputs, ...)
 
 
