@@ -94,18 +94,24 @@ ENDS = f"{BLOCKS} --keep ends --coverage 0.25"  # for the costs of C = 1/2 witho
 GPT = "--layers 6 --width 64 --heads 4 --hidden 128 --batch-size 8 --workers 4 --save-every 0"
 RESNET = "--model resnet18 --dtype bfloat16 --workers 8 --coverage 0.25 --eval-every 175 --save-every 0"
 
+
+def arms_on_text(dense, masked, batches):
+    """The arms of both larger trials on text. dense, masked: rounds of tuning; batches: of a validation."""
+    return {
+        "dense": Arm("--mask none", dense),
+        "small dense": Arm(SMALL, dense),
+        "4 small dense": Arm(f"{ONE_WORKER} {batches}", dense, members=4),
+        "forward, neurons": Arm(NEURONS, masked),
+        "forward, blocks": Arm(BLOCKS, masked),
+    }
+
+
 EXPERIMENTS = {
     "repeated": Experiment(
         partial(write_texts, source="lib2to3/fixes"),
         "--data text --data-dir datasets/repeated/{part}.txt",
         f"{GPT} --steps 3000 --eval-every 150 --eval-batches 20",
-        {
-            "dense": Arm("--mask none", DENSE),
-            "small dense": Arm(SMALL, DENSE),
-            "4 small dense": Arm(f"{ONE_WORKER} 80", DENSE, members=4),
-            "forward, neurons": Arm(NEURONS, MASKED),
-            "forward, blocks": Arm(BLOCKS, MASKED),
-        },
+        arms_on_text(DENSE, MASKED, batches=80),
     ),
     "several": Experiment(  # 2.4 epochs of ten times as much text
         partial(write_texts, source="", size=1_060_000),
@@ -121,12 +127,8 @@ EXPERIMENTS = {
         partial(write_texts, source=""),
         "--data text --data-dir datasets/new/{part}.txt",
         f"{GPT} --steps 1000 --eval-every 200 --eval-batches 100",
-        {
-            "dense": Arm("--mask none", DENSE_NEW),
-            "small dense": Arm(SMALL, DENSE_NEW),
-            "4 small dense": Arm(f"{ONE_WORKER} 400", DENSE_NEW, members=4),
-            "forward, neurons": Arm(NEURONS, MASKED_NEW),
-            "forward, blocks": Arm(BLOCKS, MASKED_NEW),
+        arms_on_text(DENSE_NEW, MASKED_NEW, batches=400)
+        | {
             "forward, ends kept": Arm(ENDS, MASKED_NEW),
             "forward, third or all": Arm(f"{NEURONS} --capacity 1,1,1,3", MASKED_NEW),
             "backward, blocks": Arm("--mask backward", MASKED_NEW),

@@ -105,9 +105,9 @@ def play(args, plan, by_worker, by_machine):
     for arm in args.arms:
         mode, _, way = arm.partition("-")
         mask = by_machine if way == "machine" else by_worker
-        kind = Dense if mode in ("ddp", "fsdp") else SDP
-        machines = 1 if kind is Dense or way == "flat" else args.machines
-        engines[arm] = train.make_engine(plan, mask, mode, "cpu", kind, machines)
+        engine_class = Dense if mode in ("ddp", "fsdp") else SDP
+        machines = 1 if engine_class is Dense or way == "flat" else args.machines
+        engines[arm] = train.make_engine(plan, mask, mode, "cpu", engine_class, machines)
     found = measure(engines, plan)
     waiting = mean(nbytes for nbytes, _ in found.pop("waiting"))
     for arm, rows in found.items():

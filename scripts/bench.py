@@ -21,13 +21,15 @@ UNITS = dict(step_ms=1, vs_ddp=1, static_bytes=1e6, activation_bytes=1e6, sent_b
 def bench(plan, device):
     """{name: {key: number}}. Bytes and FLOPs are those of the worker that takes most."""
     args, engines, found, machines = plan.args, {}, {}, launch.machines_alike(needed=False)
-    for name, kind in ENGINES.items():
+    for name, engine_class in ENGINES.items():
         allocated, mode = torch.cuda.memory_allocated(), name.removeprefix("sdp-")
-        engine = engines[name] = train.make_engine(plan, plan.draw_mask(0), mode, device, kind, machines)
+        mask = plan.draw_mask(0)
+        engine = train.make_engine(plan, mask, mode, device, engine_class, machines)
+        engines[name] = engine
         of_workers = costs.dry_run(args, plan.whole.config, engine)
         for step in (1, 2, 3):  # to warm up
             train.update(engine, load_batches(plan.data, engine, args, step), args, step, args.lr)
-        memory = Dense.memory if kind is Dense else costs.memory
+        memory = Dense.memory if engine_class is Dense else costs.memory
         rows = costs.gather_costs(engine, of_workers, 3, args.micro_batches, memory)
         most = {key: max(row[key] or 0 for row in rows) for key in rows[0]}
         found[name] = {key: most[key] for key in ("activation_bytes", "flops")}

@@ -42,7 +42,7 @@ def print_parts(model, units, coverage, data, args, device):
 
 def main(argv=None):
     own = ("--data-dir", "--eval-batches", "--batch-size", "--units", "--keep")  # the rest is saved
-    flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
+    flags = [(flag, accepts, None, meaning) for flag, accepts, _, meaning in FLAGS if flag in own]
     flags.append(("--coverage", coverages, None, "validate random subnetworks with these shares of units"))
     flags.append(("checkpoint", str, None, "a checkpoint of train.py"))
     parser = launch.make_parser(__doc__, flags)

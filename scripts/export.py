@@ -101,7 +101,7 @@ def write_llama(model, path):
 
 def main(argv=None):
     own = ("--units", "--keep")
-    flags = [(flag, kind, None, meaning) for flag, kind, _, meaning in FLAGS if flag in own]
+    flags = [(flag, accepts, None, meaning) for flag, accepts, _, meaning in FLAGS if flag in own]
     flags.append(("--coverage", check_coverage, None, "write a random subnetwork, this share of units"))
     flags.append(("--seed", at_least(0), 0, "of the random subnetwork"))
     flags.append(("--hf", bool, False, "write a GPT as a folder for transformers' LlamaForCausalLM"))

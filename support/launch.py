@@ -36,13 +36,13 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
-def at_least(least, kind=int):
-    """An argparse type: a finite number of that kind that is not below `least`."""
-    adjective = "whole" if kind is int else "finite"
+def at_least(least, number_type=int):
+    """An argparse type: a finite number of that type that is not below `least`."""
+    adjective = "whole" if number_type is int else "finite"
 
     def parse(text):
         with suppress(ValueError):
-            number = kind(text)
+            number = number_type(text)
             if least <= number < float("inf"):  # not where it is nan
                 return number
         raise argparse.ArgumentTypeError(f"{text!r}: must be a {adjective} number of at least {least}")
@@ -59,12 +59,12 @@ def make_parser(description, flags, titles=None):
     """A Parser of flags (name, type or choices, default, meaning). titles: {a group's first flag: title}."""
     group = parser = Parser(description=description, allow_abbrev=False)
     special = {bool: {"action": "store_true"}, None: {"nargs": "?", "const": ""}}  # a value may be missing
-    for flag, kind, default, meaning in flags:
-        usual = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    for flag, accepts, default, meaning in flags:
+        usual = {"choices": accepts} if isinstance(accepts, tuple) else {"type": accepts}
         shown = "" if default in (None, False) else f" (default: {default})"
         if titles and flag in titles:
             group = parser.add_argument_group(titles[flag])
-        group.add_argument(flag, default=default, help=meaning + shown, **special.get(kind, usual))
+        group.add_argument(flag, default=default, help=meaning + shown, **special.get(accepts, usual))
     return parser
 
 
