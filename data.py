@@ -137,8 +137,8 @@ def read_folder(root, ending):
 
 
 def read_fineweb(folder, context=1024, tests=1):
-    """A Text of web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens: all *_train_*.bin and
-    *_val_*.bin of the folder, memory-mapped. Raises UserError where there is none, or a bad one."""
+    """A Text of web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens, from all *_train_*.bin and
+    *_val_*.bin of a folder. Raises UserError where one is missing or damaged."""
     train = [read_shard(path) for path in sorted(Path(folder).glob("*_train_*.bin"))]
     held_out = [read_shard(path) for path in sorted(Path(folder).glob("*_val_*.bin"))]
     if not train or not held_out:
@@ -163,7 +163,7 @@ def read_shard(path, every_token=False):
 
 class Images:
     """Images to train on and to test on. Training sees random crops, the test central ones.
-    train, test: uint8 (images, 3, side, side), in memory or memory-mapped. labels, test_labels: int64
+    train, test: uint8 (images, 3, side, side), also memory-mapped. labels, test_labels: int64
     (images,). size: pixels of a crop's side. mean, std: of the channels, of 255. crop(rng, number, side):
     boxes, see _cut. The other attributes are those of a Text."""
 
@@ -185,7 +185,7 @@ class Images:
 
     def batch(self, seed, step, size, which=slice(None), device="cpu"):
         """Rows `which` of random crops, float32 (rows, 3, self.size, self.size), and labels, int64 (rows,).
-        An epoch has all images in an order of its own."""
+        Each epoch has another order."""
         places = [divmod(i, self.epoch_size) for i in range((step - 1) * size, step * size)]
         chosen = np.array([shuffled(seed, epoch, self.epoch_size)[place] for epoch, place in places])
         images = self._random_crops(np.random.default_rng([seed, step]), chosen, which, device)

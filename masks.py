@@ -90,9 +90,9 @@ def assign(units, workers, holders, seed=0, mask_number=0, capacity=None):
 
 
 def deal(units, capacity, holders, rng):
-    """Deal in the order of the layers. Each unit goes to the workers with fewest of its kind so far, then
-    with fewest parameters, relative to capacity. At equal capacity no worker is ever more than one unit
-    of a kind ahead of another. So the load is even along the depth, and nobody waits long."""
+    """Deal in the order of the layers. Each unit goes to the workers with fewest of its kind so far,
+    then with fewest parameters, relative to capacity. At equal capacity no worker is ever more than one
+    unit of a kind ahead: the load is even along the depth, and nobody waits long."""
     share = holders * capacity / capacity.sum()  # of each unit, [workers]
     # Without noise, the two blocks of each stage of a ResNet go to the same two groups of workers.
     noise = rng.random() * costs(units).max()

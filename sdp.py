@@ -1,4 +1,4 @@
-"""The engine: owners, pull, push, step. course/naive.py computes the same, and saves nothing.
+"""The engine: owners, pull, push, step. course/naive.py is the same, saving nothing.
 
 Each value has one *owner*, a process, whatever the masks. A step is
 
@@ -166,7 +166,7 @@ class Part:
     """What a worker has of a bucket: views of the flat `values`, trained ones first."""
 
     def __init__(self, bucket, routes, model, parameters):
-        """parameters: {name: parameter of `model`}, on the meta device until now."""
+        """parameters: {name: parameter of `model`}, so far on the meta device."""
         self.bucket, self.routes = bucket, routes
         self.is_here, self.missing = False, 0  # missing: gradients that are to come
         in_order = sorted(parameters.items(), key=lambda item: not item[1].requires_grad)
