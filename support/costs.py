@@ -1,6 +1,5 @@
 """What a worker costs: bytes, FLOPs and activations, measured, beside a dense worker, as a table."""
 
-from collections import Counter
 from contextlib import contextmanager
 from itertools import chain
 
@@ -11,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import build, example
-from sdp import Worker
 from support import launch
+from support.evaluation import whole_worker
 from support.peers import add_up
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -131,16 +130,14 @@ def dense_worker(args, config, engine):
     params, width = sum(p.numel() for p in model.parameters()), engine.dtype.itemsize
     moments = {"adamw": 2, "sgd": 1}[args.optimizer] * max(4, width)
     master = 4 if width < 4 else 0  # a second, float32 copy of the weights in mixed precision
-    row = {"worker": None, "held_params": params, "peak_bytes": None}
+    row = {"worker": None, "held_params": params, "peak_bytes": None, "between_machines_bytes": 0}
     row |= {key: round(value * share / rows) for key, value in cost.items()}
     row["weight_bytes"] = row["grad_bytes"] = params * width
     row["optimizer_bytes"] = params * (master + moments)
     row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
-    machines = getattr(
-        engine.layout, "machines", 1
-    )  # each has one process that sends to the next machine of the ring
-    crossing = 2 * row["push_bytes"] * machines / engine.processes if machines > 1 else 0
-    row["between_machines_bytes"] = round(crossing)
+    machines = count_machines(engine)
+    if machines > 1:  # each has one process that sends to the next machine of the ring
+        row["between_machines_bytes"] = round(2 * row["push_bytes"] * machines / engine.processes)
     return row
 
 
@@ -151,10 +148,7 @@ def count_machines(engine):
 def unmasked_worker(engine, mean, dense, passes):
     """What a worker would cost with `--mask none`, in the mean: as in DDP, but gradients and optimizer are
     sharded, and between machines each value crosses once. mean: of the workers; dense: of DDP."""
-    with torch.device("meta"):
-        model = engine.build({})
-    everything = np.ones((engine.processes, len(engine.units)), bool)
-    worker = Worker(model, engine.buckets, everything, everything, engine.layout, traffic=Counter())
+    worker = whole_worker(engine, is_trained=True)
     owned, width = dense["held_params"] / engine.processes, engine.dtype.itemsize
     row = dense | {"optimizer_bytes": round(mean["optimizer_bytes"])}  # owners do not depend on masks
     row["grad_bytes"] = round(gradient_bytes(worker, passes) + owned * max(4, width))

@@ -14,18 +14,21 @@ from support.peers import add_up
 IMAGES, TOGETHER = 1024, 64  # the statistics are those of so many images, normalised so many at a time
 
 
-@contextmanager
-def whole(engine):
-    """`with whole(engine) as model:` gives every process the whole model for a while, in evaluation mode. It
-    is pulled like a worker that holds everything and trains nothing."""
+def whole_worker(engine, is_trained):
+    """A worker that holds everything. What it sends does not count as traffic of training."""
     everything = np.ones((engine.processes, len(engine.units)), bool)
     with torch.device("meta"):
-        model = engine.build({}).requires_grad_(False)
-    uncounted = Counter()  # this is no traffic of training
-    reader = Worker(model, engine.buckets, everything, everything, engine.layout, uncounted)
+        model = engine.build({}).requires_grad_(is_trained)
+    return Worker(model, engine.buckets, everything, everything, engine.layout, traffic=Counter())
+
+
+@contextmanager
+def whole(engine):
+    """`with whole(engine) as model:` gives every process the whole model for a while, to evaluate it."""
+    reader = whole_worker(engine, is_trained=False)
     reader.begin()
     reader.wait_for(reader.parts[-1])
-    yield model.eval()
+    yield reader.model.eval()
 
 
 @contextmanager
