@@ -137,7 +137,7 @@ def read_folder(root, ending):
 
 
 def read_fineweb(folder, context=1024, tests=1):
-    """A Text of web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens, from all *_train_*.bin and
+    """Web text (https://arxiv.org/abs/2406.17557) in GPT-2's tokens, of all *_train_*.bin and
     *_val_*.bin of a folder. Raises UserError where one is missing or damaged."""
     train = [read_shard(path) for path in sorted(Path(folder).glob("*_train_*.bin"))]
     held_out = [read_shard(path) for path in sorted(Path(folder).glob("*_val_*.bin"))]
@@ -164,7 +164,7 @@ def read_shard(path, every_token=False):
 class Images:
     """Images to train on and to test on. Training sees random crops, the test central ones.
     train, test: uint8 (images, 3, side, side), also memory-mapped. labels, test_labels: int64
-    (images,). size: pixels of a crop's side. mean, std: of the channels, of 255. crop(rng, number, side):
+    (images,). size: pixels of a crop's side. mean, std: of channels, of 255. crop(rng, number, side):
     boxes, see _cut. The other attributes are those of a Text."""
 
     def __init__(self, train, labels, test, test_labels, classes, size, mean, std, crop):

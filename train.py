@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 train.py --mask forward --units neuron --workers 8
     python train.py --mask forward    # one process plays four workers
 
-Needs masks.py, model.py, sdp.py and data.py, best read first, and support/. Start at `main`, at the end.
+Needs masks.py, model.py, sdp.py, data.py, best read first, and support/. Start at `main`, at the end.
 """
 
 import math
@@ -38,7 +38,7 @@ from support.peers import PeerLost
 from support.presets import preset, shared_blocks
 
 SHAPE = ("layers", "width", "heads", "hidden", "patch", "norm", "context")  # flags and fields of a config
-OF_TRAINING = ("drop_path", "dropout", "checkpoint_activations")  # likewise, but not of the model's shape
+OF_TRAINING = ("drop_path", "dropout", "checkpoint_activations")  # likewise, but no shape
 OF_CHECKPOINT = ("model", "size", *SHAPE, "data", "optimizer")  # flags that --resume may not change
 
 FLAGS = (  # name, type or choices, default, meaning
@@ -139,7 +139,7 @@ def check_flags(args, saved):
         (by_machine and args.capacity, "capacity", "is not for --assign machine"),
         (len(args.rows) != args.workers, "rows", one_each),
         (len(args.capacity or args.rows) != args.workers, "capacity", one_each),
-        (args.resample and args.mask == "none", "resample", "is not for --mask none, which has no masks"),
+        (args.resample and args.mask == "none", "resample", "is not for --mask none, without masks"),
         (args.resample and args.compile, "resample", "not with --compile, which would compile each mask"),
         (args.finish and args.mask != "forward", "finish", "is for --mask forward"),
         (args.finish > 1, "finish", "must be at most 1, such as 0.3"),
@@ -267,7 +267,7 @@ def learning_rate(step, args):
 
 
 def play(batches, args, step, worker, model, weight):
-    """A worker's passes in a step, with its rows of batches. Returns its mean loss times weight, float64."""
+    """A worker's passes in a step, on its rows. Returns its mean loss times weight, float64."""
     torch.manual_seed(zlib.crc32(f"{args.seed} {step} {worker}".encode()))  # for dropout and DropPath
     losses = []
     for x, y in zip(*(tensor.chunk(args.micro_batches) for tensor in batches[worker])):
