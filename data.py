@@ -205,7 +205,7 @@ class Images:
         return self._random_crops(rng, chosen, which, device)
 
     def fingerprint(self):
-        """A checksum of all labels and of 50 images: all of ImageNet would take long."""
+        """A checksum of all labels and of 50 images: ImageNet is large."""
         checksum = zlib.crc32(self.test_labels, zlib.crc32(self.labels))
         for images in (self.train, self.test):
             for place in np.linspace(0, len(images) - 1, 50).astype(int):

@@ -216,7 +216,7 @@ class Worker:
             trained, frozen = bucket.has(trains), bucket.has(reads) & ~bucket.has(trains)
             part = Part(bucket, layout.routes(bucket, trained, frozen, traffic), model, parameters[name])
             self.parts.append(part)
-            # weak: a hook that autograd holds would keep the weights alive for ever
+            # weak: autograd holds the hooks, which would keep the weights alive
             me, weak_part = weakref.proxy(self), weakref.proxy(part)
             if name in modules:
                 modules[name].register_forward_pre_hook(partial(Worker.wait_for, me, weak_part))
