@@ -87,7 +87,7 @@ class TwoHops:
         self.push_across, crossed_edges = self.hop_across(trained)
         self.push_inside = self.hop_inside(trained, crossed_edges)
         buffers = sum(self.push_across.to_workers), sum(self.push_inside.to_workers)
-        self.push_buffer, self.is_pushed = max(buffers), trained.any()
+        self.push_buffer = max(buffers)  # elements
 
     def hop_across(self, wants):
         """(A route to the machines where somebody wants a chunk; the chunks' edges in what has crossed.)"""
@@ -108,13 +108,15 @@ class TwoHops:
 
     def pull(self, owned, values):
         crossed = values.new_empty(sum(self.across.from_owners))
-        yield from self.across.pull(owned, crossed)
+        if self.across.is_used:
+            yield from self.across.pull(owned, crossed)
         parts = values.split([sum(route.from_owners) for route in self.inside])
-        yield from zip_longest(*(route.pull(crossed, part) for route, part in zip(self.inside, parts)))
+        hops = [route.pull(crossed, part) for route, part in zip(self.inside, parts) if route.is_used]
+        yield from zip_longest(*hops)  # all of a machine skip an empty one
 
     def push(self, gradients, total):
         """Gradients are summed inside in the owners' precision, and cross in that of the traffic."""
-        if self.is_pushed:
+        if self.push_across.is_used:
             of_machine = total.new_zeros(sum(self.push_across.from_owners))
             yield from self.push_inside.push(gradients, of_machine)
             yield from self.push_across.push(of_machine.to(gradients.dtype), total)
