@@ -141,7 +141,7 @@ class Layout:
     """Who owns what: process r slice r. And how it gets there: by one all_to_all."""
 
     def __init__(self):
-        self.my_slice = dist.get_rank()
+        self.my_slice, self.machines = dist.get_rank(), 1
 
     def slice_edges(self, size):
         """int64 [slices + 1], for `size` values: equal slices; the last may be shorter."""

@@ -135,14 +135,10 @@ def dense_worker(args, config, engine):
     row["weight_bytes"] = row["grad_bytes"] = params * width
     row["optimizer_bytes"] = params * (master + moments)
     row["push_bytes"] = row["pull_bytes"] = ring_half(params, engine.processes, engine.dtype)
-    machines = count_machines(engine)
+    machines = engine.layout.machines
     if machines > 1:  # each has one process that sends to the next machine of the ring
         row["between_machines_bytes"] = round(2 * row["push_bytes"] * machines / engine.processes)
     return row
-
-
-def count_machines(engine):
-    return getattr(engine.layout, "machines", 1)  # see support/machines.py
 
 
 def unmasked_worker(engine, mean, dense, passes):
@@ -152,7 +148,7 @@ def unmasked_worker(engine, mean, dense, passes):
     owned, width = dense["held_params"] / engine.processes, engine.dtype.itemsize
     row = dense | {"optimizer_bytes": round(mean["optimizer_bytes"])}  # owners do not depend on masks
     row["grad_bytes"] = round(gradient_bytes(worker, passes) + owned * max(4, width))
-    row["between_machines_bytes"] = round(2 * owned * (count_machines(engine) - 1) * width)
+    row["between_machines_bytes"] = round(2 * owned * (engine.layout.machines - 1) * width)
     return row
 
 
